@@ -1,0 +1,58 @@
+"""Fine-tune large language models on one consumer GPU; keep, compare and swap the adapters.
+
+Names are imported on first use: `import peftkit` and `peftkit --help` load neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from peftkit.version import __version__
+
+# Public name -> the module that defines it. Recipes import from here and from nowhere else.
+_PUBLIC = {
+    "AdapterSpec": "peftkit.tuning.methods",
+    "BaseSpec": "peftkit.base.ref",
+    "DataSpec": "peftkit.data.audit",
+    "EvaluateSpec": "peftkit.evaluation.spec",
+    "MEMORY_PRESETS": "peftkit.training.spec",
+    "PeftkitError": "peftkit.errors",
+    "QuantSpec": "peftkit.backbone.spec",
+    "Registry": "peftkit.registry.store",
+    "Run": "peftkit.recipe",
+    "Spec": "peftkit.config",
+    "TrainSpec": "peftkit.training.spec",
+    "attach": "peftkit.tuning.attach",
+    "inject": "peftkit.tuning.inject",
+    "load_backbone": "peftkit.backbone.load",
+    "run_recipe": "peftkit.cli.main",
+}
+
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+if TYPE_CHECKING:
+    from peftkit.backbone.load import load_backbone
+    from peftkit.backbone.spec import QuantSpec
+    from peftkit.base.ref import BaseSpec
+    from peftkit.cli.main import run_recipe
+    from peftkit.config import Spec
+    from peftkit.data.audit import DataSpec
+    from peftkit.errors import PeftkitError
+    from peftkit.evaluation.spec import EvaluateSpec
+    from peftkit.recipe import Run
+    from peftkit.registry.store import Registry
+    from peftkit.training.spec import MEMORY_PRESETS, TrainSpec
+    from peftkit.tuning.attach import attach
+    from peftkit.tuning.inject import inject
+    from peftkit.tuning.methods import AdapterSpec
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'peftkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
