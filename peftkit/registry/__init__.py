@@ -1,0 +1,40 @@
+"""The store of adapters on disk, with versions and aliases (FORMAT.md beside this file is its definition)."""
+
+from peftkit.registry.canonical import canonical_json, digest_json
+from peftkit.registry.layout import is_alias, is_name, parse_reference
+from peftkit.registry.manifest import (
+    Base,
+    Data,
+    Draft,
+    File,
+    Manifest,
+    Metrics,
+    Parent,
+    Recipe,
+    Version,
+    timestamp,
+)
+from peftkit.registry.store import Move, Registry
+from peftkit.registry.verify import check, check_root
+
+__all__ = [
+    "Base",
+    "Data",
+    "Draft",
+    "File",
+    "Manifest",
+    "Metrics",
+    "Move",
+    "Parent",
+    "Recipe",
+    "Registry",
+    "Version",
+    "canonical_json",
+    "check",
+    "check_root",
+    "digest_json",
+    "is_alias",
+    "is_name",
+    "parse_reference",
+    "timestamp",
+]
