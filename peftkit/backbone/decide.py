@@ -1,0 +1,114 @@
+"""Device, dtypes and kernels: each choice comes with the reason that is printed once at the start of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from peftkit.backbone.spec import QuantSpec
+from peftkit.errors import BackboneError
+from peftkit.events import Decision
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a backbone computes."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    dtype: torch.dtype
+    attention: str
+    decisions: tuple[Decision, ...]
+
+
+def place(spec: QuantSpec) -> Placement:
+    """Decide device, dtypes and attention kernel for `spec` on this machine.
+
+    Raises BackboneError when the spec asks for what the machine or the bit width does not have.
+    """
+    device, device_why = _device(spec)
+    compute, compute_why = _compute_dtype(spec, device)
+    dtype, dtype_why = _plain_dtype(spec, compute)
+    attention, attention_why = _attention(spec, device, compute)
+    decisions = (
+        Decision("device", str(device), device_why),
+        Decision("weights", spec.label, _weights_reason(spec)),
+        Decision("compute dtype", _name(compute), compute_why),
+        Decision("embeddings, norms, head", _name(dtype), dtype_why),
+        Decision("attention", attention, attention_why),
+    )
+    return Placement(device, compute, dtype, attention, decisions)
+
+
+def optimizer(device: torch.device, quantized: bool) -> Decision:
+    """The optimizer for adapters on this device: `choice` is transformers' name for it."""
+    if device.type != "cuda":
+        return Decision("optimizer", "adamw_torch", "no CUDA: paged and 8-bit optimizers need it")
+    if quantized:
+        return Decision("optimizer", "paged_adamw_8bit", "CUDA and quantized weights: states in 8 bits, paged to host")
+    return Decision("optimizer", "adamw_torch_fused", "CUDA, weights not quantized: one fused kernel per step")
+
+
+def _device(spec: QuantSpec) -> tuple[torch.device, str]:
+    available = torch.cuda.is_available()
+    if spec.device == "cuda" and not available:
+        raise BackboneError(
+            f"quant.device=cuda, but torch {torch.__version__} sees no CUDA device",
+            expected="a CUDA build of torch and a working driver",
+            hint="run `peftkit doctor`, or set quant.device=cpu",
+        )
+    if spec.device == "cpu" or not available:
+        return torch.device("cpu"), "asked for" if spec.device == "cpu" else "torch sees no CUDA device"
+    name, (major, minor) = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
+    return torch.device("cuda", torch.cuda.current_device()), f"{name}, SM {major}.{minor}"
+
+
+def _compute_dtype(spec: QuantSpec, device: torch.device) -> tuple[torch.dtype, str]:
+    if spec.compute_dtype != "auto":
+        chosen: torch.dtype = getattr(torch, spec.compute_dtype)
+        if spec.bits == 32 and chosen != torch.float32:
+            raise BackboneError(
+                f"quant.bits=32 with quant.compute_dtype={spec.compute_dtype}",
+                expected="float32 for 32 bits",
+                hint="set quant.bits=16, or remove quant.compute_dtype",
+            )
+        return chosen, "asked for"
+    if spec.bits == 32:
+        return torch.float32, "32 bits asked for"
+    if device.type == "cpu":
+        return torch.float32, "CPU: exact, and as fast as bfloat16 here (docs/decisions/0003-compute-dtype-on-cpu.md)"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return torch.bfloat16, f"SM {major}.{minor} has bfloat16"
+    # QLoRA's README: with float16 compute only about 80 % of 7B runs finish.
+    return torch.float32, f"SM {major}.{minor} has no bfloat16, and float16 overflows in training"
+
+
+def _plain_dtype(spec: QuantSpec, compute: torch.dtype) -> tuple[torch.dtype, str]:
+    if spec.dtype == "auto":
+        return compute, "the compute dtype; nothing is up-cast behind your back"
+    return getattr(torch, spec.dtype), "asked for"
+
+
+def _attention(spec: QuantSpec, device: torch.device, compute: torch.dtype) -> tuple[str, str]:
+    if spec.attention != "auto":
+        return spec.attention, "asked for"
+    if device.type != "cuda":
+        return "sdpa", "torch's own kernel; flash_attention_2 needs CUDA"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "sdpa", "torch's own flash kernel; the package flash_attn is not installed"
+    if compute == torch.float32:
+        return "sdpa", "flash_attention_2 needs 16-bit inputs"
+    return "flash_attention_2", "flash_attn is installed and the inputs are 16-bit"
+
+
+def _weights_reason(spec: QuantSpec) -> str:
+    if spec.bits == 4:
+        return "linear layers packed in 4 bits, " + ("constants in 8 bits" if spec.double_quant else "constants in 32")
+    return "linear layers in 8 bits (LLM.int8)" if spec.bits == 8 else "linear layers not quantized"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

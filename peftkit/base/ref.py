@@ -1,0 +1,139 @@
+"""A base by reference: which frozen weights are meant, and the folder that holds them on this machine."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from peftkit.base import embedded
+from peftkit.config import Spec
+from peftkit.errors import BaseError
+
+Kind = Literal["embedded", "hub", "folder", "gguf"]
+
+# What `locate` downloads from the Hub: weights as safetensors, and the small text files. Pickles stay there.
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+
+
+class BaseSpec(Spec):
+    """Which base to start from."""
+
+    shorthand: ClassVar[str] = "source"
+
+    source: str = "embedded:smollm2-135m"
+    """Hub id (`Qwen/Qwen3-4B`), folder, GGUF file, or `embedded:smollm2-135m`."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub id."""
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """A parsed reference to a base; nothing has been read or downloaded yet."""
+
+    source: str
+    kind: Kind
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.source}@{self.revision}" if self.revision else self.source
+
+
+def parse(spec: BaseSpec) -> BaseRef:
+    """Tell what kind of reference `spec.source` is.
+
+    Raises BaseError for an unknown embedded name, a missing path, or a revision where none can apply.
+    """
+    source, revision = spec.source, spec.revision
+    kind = _kind_of(source)
+    if revision and kind != "hub":
+        raise BaseError(
+            f"base.revision={revision!r} was given for {source!r}, which is not a Hub id",
+            expected="a revision only together with a Hub id such as Qwen/Qwen3-4B",
+            hint="remove base.revision",
+        )
+    return BaseRef(source, kind, revision)
+
+
+def _kind_of(source: str) -> Kind:
+    if source.startswith("embedded:"):
+        name = source.removeprefix("embedded:")
+        if name not in embedded.EMBEDDED:
+            raise BaseError(
+                f"there is no embedded base {name!r}",
+                expected="one of " + ", ".join(f"embedded:{known}" for known in embedded.EMBEDDED),
+            )
+        return "embedded"
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
+    if path.is_dir():
+        return "folder"
+    if path.exists():
+        raise BaseError(f"{source} is a file, and not a GGUF", expected="a folder with config.json, or a .gguf file")
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") != 1 or source.endswith(".gguf")
+    if looks_local:
+        known = [f"embedded:{name}" for name in embedded.EMBEDDED]
+        near = difflib.get_close_matches(source, known, n=1, cutoff=0.4)
+        raise BaseError(
+            f"{source!r} does not exist on this machine",
+            expected="a folder, a .gguf file, a Hub id (owner/name) or " + ", ".join(known),
+            hint=f"did you mean {near[0]}?" if near else None,
+        )
+    return "hub"
+
+
+def snapshot(ref: BaseRef) -> Path:
+    """The local folder of a Hub base: from the Hub's cache when it is whole, downloaded otherwise.
+
+    Raises BaseError when the Hub cannot be reached or does not know the id.
+    """
+    from huggingface_hub import snapshot_download  # 0.3 s of start-up that `--help` does not need
+
+    try:
+        return Path(snapshot_download(ref.source, revision=ref.revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # the Hub client raises a dozen unrelated types for "cannot be had"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseError(
+            f"the base {ref} could not be fetched from the Hub: {reason}",
+            expected="an existing Hub id, and a network or an already downloaded copy",
+            hint="use a local folder (base=/path/to/model) or base=embedded:smollm2-135m",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a base's folder. Raises BaseError when it is missing or broken."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "adapter_config.json" if (folder / "adapter_config.json").exists() else None
+        hint = "this is an adapter, not a base: use init_from=NAME after `peftkit import`" if what else None
+        raise BaseError(f"{folder} has no config.json", expected="a model folder", hint=hint) from None
+    except (OSError, ValueError) as error:
+        raise BaseError(f"{path} cannot be read: {error}", expected="a JSON file") from None
+    if not isinstance(config, dict):
+        raise BaseError(f"{path} holds {type(config).__name__}", expected="a JSON object")
+    return config
+
+
+class LocatedBase(Spec):
+    """A base whose files are on this machine."""
+
+    source: str = Field(min_length=1)
+    """The reference as the user wrote it."""
+    kind: Kind
+    revision: str | None
+    """The commit that was resolved, for Hub bases."""
+    folder: Path
+    """Holds config.json, safetensors and the tokenizer."""
+
+
+def located(ref: BaseRef, folder: Path) -> LocatedBase:
+    """Bind a reference to its folder; a Hub snapshot folder is named after the resolved commit."""
+    revision = folder.name if ref.kind == "hub" and len(folder.name) == 40 else ref.revision
+    return LocatedBase(source=ref.source, kind=ref.kind, revision=revision, folder=folder)

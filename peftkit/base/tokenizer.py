@@ -1,0 +1,64 @@
+"""The base's tokenizer with what a trainer must know about it: which tokens end a turn, which token pads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftkit.errors import BaseError
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A transformers tokenizer and the ids that end an answer; nothing in it is changed."""
+
+    hf: Any
+    """The `PreTrainedTokenizerBase`."""
+    stop_ids: tuple[int, ...]
+    """Any of these ends a generated answer: the tokenizer's eos and those of generation_config.json."""
+    pad_id: int
+    """Fills short rows; always masked by the attention mask, so it may equal a stop token."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the base ships a chat template."""
+        return bool(self.hf.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone: no BOS, no EOS."""
+        return list(self.hf.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids, with nothing cleaned up."""
+        text = self.hf.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        return str(text)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a base's folder without remote code. Raises BaseError when it cannot be loaded."""
+    from transformers import AutoTokenizer  # seconds of start-up that `--help` does not need
+
+    try:
+        hf = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseError(f"the tokenizer in {folder} cannot be loaded: {reason}", expected="tokenizer.json") from error
+    stops = _stop_ids(hf, folder)
+    pad = hf.pad_token_id if hf.pad_token_id is not None else stops[0]
+    return Tokenizer(hf, stops, pad)
+
+
+def _stop_ids(hf: Any, folder: Path) -> tuple[int, ...]:
+    ids = [hf.eos_token_id] if hf.eos_token_id is not None else []
+    file = folder / "generation_config.json"
+    if file.exists():
+        listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        ids += listed if isinstance(listed, list) else [listed] if isinstance(listed, int) else []
+    if not ids:
+        raise BaseError(
+            f"the tokenizer in {folder} names no end-of-sequence token",
+            expected="eos_token in tokenizer_config.json: without it an answer can never end",
+        )
+    return tuple(dict.fromkeys(ids))
