@@ -1,0 +1,264 @@
+"""Rows to token ids with a loss mask: what is learned is exactly what must be produced at inference.
+
+For every assistant turn the base's own template is rendered twice: the conversation before it *with* the generation
+prompt (what the model sees when it has to answer) and the conversation including it. The difference is the answer. It
+is cut after its end-of-turn token, which is learned exactly once. Prompt and answer are tokenized apart, because at
+inference the prompt's tokens are fixed before the first answer token exists. This needs no `{% generation %}` markers.
+
+A template that renders a past turn differently from a present one (thinking templates drop old think blocks) makes
+one example per answer, each with the prompt that inference would use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.formats import Row
+from peftkit.errors import DataError
+
+IGNORED = -100
+Loss = Literal["assistant", "last", "all"]
+Think = Literal["keep", "strip"]
+Template = Literal["base", "plain"]
+_THINK_BLOCK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How rows become token ids; recorded with an adapter, so that serving renders what training rendered."""
+
+    loss: Loss = "assistant"
+    """assistant: every assistant turn; last: only the final one; all: every token of the row."""
+    think: Think = "keep"
+    """Whether `<think>` blocks in assistant turns are learned or removed before rendering."""
+    template: Template = "base"
+    """base: the base's own chat template; plain: prompt, blank line, answer (for bases without a template)."""
+    kwargs: Mapping[str, Any] | None = None
+    """Extra variables for the template, such as enable_thinking; a row's own win."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: ids and labels of equal length, -100 where no loss falls."""
+
+    input_ids: list[int]
+    labels: list[int]
+    answer_start: int
+    """Index of the final answer's first token; what lies before is its inference prompt. 0 for text rows."""
+    row: int
+    """Index of the row it comes from."""
+    where: str
+    stop_added: bool = False
+    """The template wrote no end-of-turn token, so the tokenizer's was appended."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens the loss falls on (the first token of a sequence is never predicted)."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """What inference feeds before the final answer."""
+        return self.input_ids[: self.answer_start]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One assistant turn as inference sees it."""
+
+    prompt: str
+    text: str
+    ids: list[int]
+    stop_added: bool
+
+
+def encode_row(row: Row, index: int, tokenizer: Tokenizer, rendering: Rendering) -> list[Example]:
+    """Token ids and labels of one row: one example, or one per answer where the template rewrites the past.
+
+    Raises DataError when the row cannot be rendered so that training and inference agree.
+    """
+    if row.text is not None:
+        return [_encode_text(row, index, tokenizer)]
+    messages = prepare(row, tokenizer, rendering)
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise DataError(f"{row.where}: no assistant turn, so there is nothing to learn", expected="an answer")
+    answers = [_answer(messages, turn, row, tokenizer, rendering) for turn in turns]
+    examples = _one_sequence(answers, index, row, tokenizer)
+    if examples is None:
+        examples = [_single(answer, index, row, tokenizer) for answer in answers]
+    return _with_loss(examples, rendering.loss)
+
+
+def prompt_for(
+    row: Row, tokenizer: Tokenizer, rendering: Rendering, *, instructions: str | None = None, shots: Sequence[Row] = ()
+) -> list[int]:
+    """The inference prompt of a row's final answer, optionally with more instructions and solved examples.
+
+    `instructions` are appended to the system turn, `shots` are shown as earlier turns: what an untrained base needs.
+    """
+    messages = prepare(row, tokenizer, rendering)
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    history = list(messages[:last])
+    system = [history.pop(0)] if history and history[0]["role"] == "system" else []
+    if instructions:
+        given = f"{system[0]['content']}\n\n" if system else ""
+        system = [{"role": "system", "content": given + instructions}]
+    examples = [
+        message for shot in shots for message in prepare(shot, tokenizer, rendering) if message["role"] != "system"
+    ]
+    return tokenizer.encode(_render([*system, *examples, *history], row, tokenizer, rendering, prompt=True))
+
+
+def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, rendering: Rendering) -> list[int]:
+    """Token ids of a conversation that waits for an answer, rendered as training rendered it."""
+    row = Row(messages=tuple(dict(m) for m in messages), text=None, tools=None, chat_template_kwargs={}, columns={},
+              where="chat")  # type: ignore[arg-type]  # fmt: skip
+    return tokenizer.encode(_render(list(row.messages), row, tokenizer, rendering, prompt=True))
+
+
+def segments(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The example's text in runs of (text, learned), special tokens included, for showing the mask."""
+    runs: list[tuple[list[int], bool]] = []
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        learned = label != IGNORED
+        if runs and runs[-1][1] == learned:
+            runs[-1][0].append(token)
+        else:
+            runs.append(([token], learned))
+    return [(tokenizer.decode(ids, skip_special_tokens=False), learned) for ids, learned in runs]
+
+
+def prepare(row: Row, tokenizer: Tokenizer, rendering: Rendering) -> list[dict[str, Any]]:
+    """A row's messages as the template gets them.
+
+    Raises DataError when a message contains one of the tokenizer's control tokens: rendered, it would end or fake a
+    turn, which an evaluation or a loss curve would never show.
+    """
+    control = [token for token in tokenizer.hf.all_special_tokens if token.strip()]
+    messages = []
+    for number, message in enumerate(row.messages, start=1):
+        content = message.get("content")
+        if isinstance(content, str):
+            found = [token for token in control if token in content]
+            if found:
+                raise DataError(
+                    f"{row.where}: message {number} ({message['role']}) contains the control token {found[0]!r}",
+                    expected="plain text: inside a message it would end the turn",
+                    hint="remove it, or store the conversation as separate messages",
+                )
+        if rendering.think == "strip" and message["role"] == "assistant" and isinstance(content, str):
+            message = {**message, "content": _THINK_BLOCK.sub("", content)}
+            message.pop("reasoning_content", None)
+        messages.append(dict(message))
+    return messages
+
+
+def _encode_text(row: Row, index: int, tokenizer: Tokenizer) -> Example:
+    ids = list(tokenizer.hf.encode(row.text, add_special_tokens=True))
+    if not ids or ids[-1] not in tokenizer.stop_ids:
+        ids.append(tokenizer.stop_ids[0])
+    return Example(ids, list(ids), 0, index, str(row.where))
+
+
+def _answer(messages: list[dict[str, Any]], turn: int, row: Row, tokenizer: Tokenizer, rendering: Rendering) -> _Answer:
+    prompt = _render(messages[:turn], row, tokenizer, rendering, prompt=True)
+    full = _render(messages[: turn + 1], row, tokenizer, rendering, prompt=False)
+    if not full.startswith(prompt):
+        raise DataError(
+            f"{row.where}: the template's generation prompt is not how it begins the answer of message {turn + 1}: "
+            f"it prompts with {prompt[-40:]!r}",
+            expected="a template whose training text starts with its inference prompt",
+            hint="try data.template_kwargs={enable_thinking: false}, or add the think block to the answer",
+        )
+    text = full[len(prompt) :]
+    ids = tokenizer.encode(text)
+    stop = next((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), None)
+    if stop is None:
+        return _Answer(prompt, text, [*ids, tokenizer.stop_ids[0]], stop_added=True)
+    ids = ids[: stop + 1]
+    return _Answer(prompt, tokenizer.decode(ids, skip_special_tokens=False), ids, stop_added=False)
+
+
+def _one_sequence(answers: list[_Answer], index: int, row: Row, tokenizer: Tokenizer) -> list[Example] | None:
+    """All answers in one sequence, or None when a later prompt is not the earlier text continued, token by token."""
+    ids: list[int] = []
+    labels: list[int] = []
+    text, start = "", 0
+    for answer in answers:
+        if not answer.prompt.startswith(text):
+            return None
+        between = tokenizer.encode(answer.prompt[len(text) :])
+        if ids and tokenizer.encode(answer.prompt) != ids + between:
+            return None
+        if answer.stop_added and answer is not answers[-1]:
+            return None  # the next prompt would not contain the end-of-turn token that was learned
+        ids, start = ids + between + answer.ids, len(ids) + len(between)
+        labels = labels + [IGNORED] * len(between) + answer.ids
+        text = answer.prompt + answer.text
+    return [Example(ids, labels, start, index, str(row.where), answers[-1].stop_added)]
+
+
+def _single(answer: _Answer, index: int, row: Row, tokenizer: Tokenizer) -> Example:
+    prompt = tokenizer.encode(answer.prompt)
+    labels = [IGNORED] * len(prompt) + answer.ids
+    return Example(prompt + answer.ids, labels, len(prompt), index, str(row.where), answer.stop_added)
+
+
+def _with_loss(examples: list[Example], loss: Loss) -> list[Example]:
+    if loss == "assistant":
+        return examples
+    if loss == "all":
+        return [_relabel(example, list(example.input_ids)) for example in examples]
+    last = examples[-1]
+    kept = last.labels[last.answer_start :]
+    return [_relabel(last, [IGNORED] * last.answer_start + kept)]
+
+
+def _relabel(example: Example, labels: list[int]) -> Example:
+    return Example(example.input_ids, labels, example.answer_start, example.row, example.where, example.stop_added)
+
+
+def _render(
+    messages: list[dict[str, Any]], row: Row, tokenizer: Tokenizer, rendering: Rendering, *, prompt: bool
+) -> str:
+    if rendering.template == "plain":
+        return _render_plain(messages, row, prompt=prompt)
+    if not tokenizer.has_template:
+        raise DataError(
+            f"{row.where} is a conversation, and this base has no chat template",
+            expected="an instruct base, or data.template=plain for single questions and answers",
+            hint="data.template=plain",
+        )
+    variables = {**(rendering.kwargs or {}), **row.chat_template_kwargs}
+    try:
+        text = tokenizer.hf.apply_chat_template(
+            messages,
+            tools=list(row.tools) if row.tools else None,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **variables,
+        )
+    except Exception as error:  # a Jinja template may raise anything, most often its own raise_exception(...)
+        raise DataError(
+            f"{row.where}: the base's chat template refuses this conversation: {error}",
+            expected="turns that the template knows",
+            hint="look at the row with `peftkit data preview`",
+        ) from error
+    return str(text)
+
+
+def _render_plain(messages: list[dict[str, Any]], row: Row, *, prompt: bool) -> str:
+    if row.tools or sum(message["role"] == "assistant" for message in messages) > 1:
+        raise DataError(
+            f"{row.where}: data.template=plain cannot render tools or several assistant turns",
+            expected="one question and one answer per row",
+            hint="use an instruct base with its own chat template",
+        )
+    answer = "" if prompt else str(messages[-1]["content"])
+    before = messages if prompt else messages[:-1]
+    return "".join(f"{message['content']}\n\n" for message in before) + answer
