@@ -1,0 +1,1 @@
+"""What trains and what is attached: methods, injection, attaching and swapping. Only this folder touches peft."""
