@@ -1,0 +1,72 @@
+"""How to train: the settings of an SFT run, and the memory presets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from peftkit.config import Spec
+
+
+class TrainSpec(Spec):
+    """Settings of supervised fine-tuning; names are those of transformers where it has one."""
+
+    num_train_epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(default=None, gt=0)
+    """Stop after so many optimizer steps, whatever the epochs say."""
+    max_tokens: int | None = Field(default=None, gt=0)
+    """Stop before the step that would exceed so many training tokens."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak rate."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate falls after warm-up."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the rate rises from zero."""
+    per_device_train_batch_size: int = Field(default=8, gt=0)
+    """Rows that go through the model at once."""
+    gradient_accumulation_steps: int = Field(default=1, gt=0)
+    """Forward passes per optimizer step; a step sees this many times per_device_train_batch_size rows."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    optim: Literal["auto", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adamw_8bit", "sgd"] = "auto"
+    """auto takes a paged 8-bit AdamW on CUDA over quantized weights, AdamW otherwise."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    report_to: list[str] = []
+    """Trackers of transformers to send figures to; none by default."""
+    seed: int = 0
+    """Seed of data order and dropout."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """The effective batch."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+# By the memory of the device, not by model: what changes is how many rows and activations are alive at once. The
+# effective batch is 16 in all of them, so the same recipe learns the same thing everywhere.
+MEMORY_PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": {"quant.device": "cpu", "train.per_device_train_batch_size": 8, "train.gradient_accumulation_steps": 2},
+    "8gb": {
+        "data.max_length": 1024,
+        "train.per_device_train_batch_size": 1,
+        "train.gradient_accumulation_steps": 16,
+        "train.gradient_checkpointing": True,
+    },
+    "12gb": {
+        "data.max_length": 2048,
+        "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 8,
+        "train.gradient_checkpointing": True,
+    },
+    "24gb": {
+        "data.max_length": 4096,
+        "train.per_device_train_batch_size": 4,
+        "train.gradient_accumulation_steps": 4,
+        "train.gradient_checkpointing": True,
+    },
+}
