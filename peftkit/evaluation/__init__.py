@@ -1,0 +1,1 @@
+"""What an adapter learned and what it forgot, measured on held-out rows with intervals."""

@@ -1,0 +1,48 @@
+"""Registered adapters against their base on any held-out file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from peftkit.data.audit import DataSpec, encode, recorded_rendering
+from peftkit.data.formats import load_rows
+from peftkit.errors import DataError
+from peftkit.evaluation.held_out import Comparison, Contestant, Measured, compare, prepare
+from peftkit.evaluation.spec import EvaluateSpec
+from peftkit.events import Report, silent
+from peftkit.registry.store import Version
+from peftkit.tuning.attach import Attached
+
+
+def evaluate_attached(
+    host: Attached, versions: Sequence[Version], rows: str | Path, spec: EvaluateSpec, *, report: Report = silent
+) -> list[Comparison]:
+    """Measure the base once and every attached version on the same rows, rendered as the first was trained.
+
+    Raises DataError when versions were trained with different renderings: their figures would not be comparable.
+    """
+    renderings = [recorded_rendering(v.manifest.recipe.config if v.manifest.recipe else {}) for v in versions]
+    if any(rendering != renderings[0] for rendering in renderings):
+        names = ", ".join(version.reference for version in versions)
+        raise DataError(f"{names} were trained with different data.* renderings", hint="evaluate them one by one")
+    rendering = renderings[0]
+    settings = DataSpec(
+        loss=rendering.loss,
+        think=rendering.think,
+        template=rendering.template,
+        template_kwargs=dict(rendering.kwargs or {}),
+    )
+    source = load_rows(rows)
+    part = encode(source.rows, source, "held_out", host.backbone.tokenizer, settings, None)
+    held = prepare(part, rendering, spec, host.backbone, report)
+    base = Contestant("base", partial(host.using, None))
+    comparisons: list[Comparison] = []
+    before: Measured | None = None
+    for version in versions:
+        contestant = Contestant(version.name, partial(host.using, version.name))
+        result = compare(base, contestant, held, spec, host.backbone, before=before, report=report)
+        before = result.base
+        comparisons.append(result)
+    return comparisons
