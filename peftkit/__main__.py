@@ -1,0 +1,5 @@
+"""`python -m peftkit`."""
+
+from peftkit.cli.main import run
+
+run()

@@ -1,0 +1,110 @@
+"""How events look: rich progress on a terminal, plain lines elsewhere, JSON lines with --json."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from peftkit import events, render
+
+_PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+class Reporter:
+    """A `Report` for people: decisions with reasons, tables, warnings, one moving progress line."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        # With --json, stdout carries the result alone; what happens on the way goes to stderr.
+        self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._phase = events.Phase("")
+        self._last = 0.0
+        self._deciding = False
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def __call__(self, event: events.Event) -> None:
+        """Show one event."""
+        if self.as_json:
+            sys.stderr.write(json.dumps(event.as_record(), default=str) + "\n")
+            return
+        match event:
+            case events.Phase():
+                self._begin(event)
+            case events.Progress():
+                self._advance(event)
+            case events.Decision():
+                self._line(f"  {event.what}: {event.choice}  ({event.reason})")
+            case events.Note():
+                self._line(event.text)
+            case events.Warned():
+                self._line(f"! {event.text}" + (f"\n  to mend it: {event.hint}" if event.hint else ""))
+            case events.Table():
+                self._stop()
+                self._line(f"\n{event.title}\n{render.table(event.columns, event.rows)}\n")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def _begin(self, phase: events.Phase) -> None:
+        self._stop()
+        self._phase, self._last = phase, time.monotonic()
+        if not self.console.is_terminal:
+            total = f" ({phase.total} {phase.unit})" if phase.total else ""
+            self._line(f"{phase.name}{total} …")
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self._progress = Progress(*columns, console=self.console, transient=True)
+        self._progress.start()
+        self._task = self._progress.add_task(phase.name, total=phase.total, figures="")
+
+    def _advance(self, progress: events.Progress) -> None:
+        figures = _figures(progress.figures)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=progress.done, figures=figures)
+            return
+        now = time.monotonic()
+        if now - self._last >= _PLAIN_EVERY or progress.done == self._phase.total:
+            self._last = now
+            self._line(f"  {self._phase.name} {progress.done}/{self._phase.total or '?'}  {figures}".rstrip())
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._task = None
+
+
+def _figures(figures: dict[str, float]) -> str:
+    shown = []
+    for name, unit, digits in (("loss", "", 3), ("tokens_per_s", " tokens/s", 0), ("peak_gb", " GB", 1)):
+        if name in figures:
+            label = "loss " if name == "loss" else "peak " if name == "peak_gb" else ""
+            shown.append(f"{label}{figures[name]:.{digits}f}{unit}")
+    return ", ".join(shown)
+
+
+def show(value: Any, *, as_json: bool, text: str) -> None:
+    """Print a command's result: JSON for programs, text for people."""
+    Console(highlight=False, soft_wrap=True).print(
+        json.dumps(value, indent=2, default=str, ensure_ascii=False) if as_json else text, markup=False
+    )

@@ -1,0 +1,50 @@
+"""`peftkit eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftkit import locations
+from peftkit.cli.console import Reporter, show
+from peftkit.cli.options import AsJson, Base, Bits, OtherBase, RegistryRoot
+from peftkit.config import resolve
+from peftkit.evaluation.spec import EvaluateSpec
+from peftkit.recipe import report_comparison
+from peftkit.registry.store import Registry
+
+
+def evaluate(
+    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Adapters to measure against their base.")],
+    data: Annotated[Path, typer.Option("--data", help="Held-out rows.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Settings of `evaluate.*`, without the prefix."),
+    ] = None,
+    base: Base = None,
+    bits: Bits = None,
+    other_base: OtherBase = False,
+    registry: RegistryRoot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure base and adapters on the same rows, with intervals.
+
+    Example: peftkit eval tickets sql --data held_out.jsonl
+    """
+    spec = resolve(EvaluateSpec, overrides=settings or []).config
+    store = Registry(locations.registry_root(registry).path)
+    versions = [store.resolve(name) for name in names]
+    from peftkit.evaluation.registered import evaluate_attached
+    from peftkit.tuning.attach import open_adapters
+
+    cache = locations.cache_root().path
+    with Reporter(as_json=as_json) as report:
+        host = open_adapters(versions, cache, base=base, bits=bits, other_base=other_base, report=report)
+        comparisons = evaluate_attached(host, versions, data, spec, report=report)
+        for comparison in comparisons:
+            report_comparison(comparison, report)
+    if as_json:
+        figures = {v.reference: c.figures() for v, c in zip(versions, comparisons, strict=True)}
+        show(figures, as_json=True, text="")

@@ -1,0 +1,119 @@
+"""`peftkit`: the commands, and how their errors end the process.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted (state saved).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+# Before transformers or huggingface_hub are imported: no telemetry, no advice about tokenizer threads.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import click
+import typer
+from rich.console import Console
+
+import peftkit
+from peftkit.cli import adapters, base, chat, data, doctor, evaluate, recipes, runs, train
+from peftkit.errors import PeftkitError
+from peftkit.recipe import Interrupted
+
+app = typer.Typer(
+    help="Fine-tune large language models on one consumer GPU; keep, compare and swap the adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
+app.command("list")(adapters.list_adapters)
+app.command("show")(adapters.show_adapter)
+app.command("tag")(adapters.tag)
+app.command("verify")(adapters.verify)
+app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
+app.add_typer(base.app, name="base")
+app.command("doctor")(doctor.doctor)
+
+
+def _version(value: bool) -> None:
+    if value:
+        Console(highlight=False).print(f"peftkit {peftkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Options of every command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = ["--debug", *(a for a in given if a != "--debug")] if debug else given
+    _terminate_like_ctrl_c()
+    try:
+        code = app(args=given, prog_name="peftkit", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (Interrupted, KeyboardInterrupt, click.exceptions.Abort) as error:
+        _print_error(str(error) or "interrupted")
+        return 130
+    except PeftkitError as error:
+        if debug:
+            raise
+        _print_error(str(error))
+        return 1
+    except BrokenPipeError:  # `peftkit list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if debug:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _print_error(f"{error.strerror or error}{where}")
+        return 1
+
+
+def run_recipe(path: str) -> int:
+    """Run a recipe file the way `python recipes/qlora_sft.py key=value …` does; returns the exit code."""
+    return main(["train", path, *sys.argv[1:]])
+
+
+def run() -> None:
+    """Console-script entry point."""
+    raise SystemExit(main())
+
+
+def _print_error(text: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"peftkit: {text}", markup=False)
+
+
+def _terminate_like_ctrl_c() -> None:
+    """Let SIGTERM save what Ctrl-C would save; outside the main thread signals are not ours to set."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        return

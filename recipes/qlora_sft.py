@@ -1,0 +1,52 @@
+"""Supervised fine-tuning with LoRA on a 4-bit base (QLoRA): the one to start with.
+
+    peftkit train qlora_sft base=Qwen/Qwen3-4B data.train=tickets.jsonl save_as=tickets
+    python recipes/qlora_sft.py --preset cpu data.train=tickets.jsonl
+
+Dettmers et al. 2023, arXiv 2305.14314: NF4 with double quantization, LoRA on all linear layers.
+"""
+
+import sys
+
+from peftkit import (
+    MEMORY_PRESETS,
+    AdapterSpec,
+    BaseSpec,
+    DataSpec,
+    EvaluateSpec,
+    QuantSpec,
+    Run,
+    Spec,
+    TrainSpec,
+    run_recipe,
+)
+
+PRESETS = MEMORY_PRESETS
+
+
+class Config(Spec):
+    """Settings of this recipe; each group's fields are in `peftkit recipes show qlora_sft`."""
+
+    base: BaseSpec = BaseSpec()
+    quant: QuantSpec = QuantSpec(bits=4, quant_type="nf4", double_quant=True)
+    adapter: AdapterSpec = AdapterSpec(r=16, lora_alpha=32)
+    data: DataSpec = DataSpec()
+    train: TrainSpec = TrainSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    init_from: str | None = None
+    """Continue from an adapter of the registry: name, name@version or name@alias."""
+    save_as: str | None = None
+    """Name in the registry; the recipe's own name when left out."""
+
+
+def main(cfg: Config, run: Run) -> None:
+    """Audit the rows, plan, train, measure base against adapter, keep the adapter."""
+    run.audit(cfg.base, cfg.data)
+    tuned = run.plan(cfg.base, cfg.quant, cfg.adapter, cfg.train, cfg.init_from)
+    run.train(tuned, cfg.train)
+    comparison = run.evaluate(tuned, cfg.evaluate)
+    run.publish(tuned, comparison, cfg.save_as)
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(__file__))
