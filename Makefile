@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo demo-full test test-full test-gpu bench lint clean
+.PHONY: help setup demo demo-full test test-full test-full-only test-gpu bench lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ test: setup ## The default tests
 
 test-full: setup ## All tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu" -n 2
+
+test-full-only: setup ## What test-full adds to test
+	$(BIN)/python -m pytest -m "full and not gpu"
 
 test-gpu: setup ## The tests that need CUDA
 	$(BIN)/python -m pytest -m gpu

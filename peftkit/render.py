@@ -31,6 +31,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], max_width: int 
     )
 
 
+def facts(rows: Sequence[tuple[str, Any]]) -> str:
+    """Names and values, one pair a line, the values in one column; nothing is shortened."""
+    width = max((_width(name) for name, _ in rows), default=0)
+    return "\n".join(f"{_pad(name, width, False)}  {_cell(value, 10_000)}".rstrip() for name, value in rows)
+
+
 def number(x: float | None) -> str:
     """Four significant digits, all digits before the point, thousands separated; an int is shown whole."""
     if x is None:

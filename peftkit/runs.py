@@ -14,22 +14,22 @@ import contextlib
 import dataclasses
 import difflib
 import json
-import math
 import os
 import re
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+from peftkit.atomic import replace_file, sync_folder
 from peftkit.config import dump_yaml
 from peftkit.errors import RunError
 from peftkit.events import Event, Warned, silent
+from peftkit.plain import as_json_text, as_plain
+from peftkit.process import identity, is_alive
 
 _STATES = ("running", "done", "failed", "interrupted")
 
@@ -56,7 +56,7 @@ class RunFolder:
         name = re.sub(r"[^A-Za-z0-9_]+", "-", Path(recipe).name.removesuffix(".py")).strip("-")[:60] or "run"
         status = {
             "format": 1, "recipe": recipe, "state": "running", "started": _stamp(started), "ended": None,
-            "seconds": None, "error": None, "saved_as": None, "figures": {}, "process": _process(os.getpid()),
+            "seconds": None, "error": None, "saved_as": None, "figures": {}, "process": identity(os.getpid()),
         }  # fmt: skip
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -71,11 +71,11 @@ class RunFolder:
                         break
                     draft.rmdir()
             try:
-                _replace(draft / "config.yaml", dump_yaml(_plain(config)))
-                _replace(draft / "environment.json", _pretty(environment))
-                _replace(draft / "status.json", _pretty(status))
+                replace_file(draft / "config.yaml", dump_yaml(as_plain(config)))
+                replace_file(draft / "environment.json", as_json_text(environment))
+                replace_file(draft / "status.json", as_json_text(status))
                 draft.rename(path)
-                _sync_folder(root)
+                sync_folder(root)
             except BaseException:
                 shutil.rmtree(draft, ignore_errors=True)
                 raise
@@ -98,7 +98,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file atomically; raises RunError when it cannot be written."""
-        return self.write_text(name, _pretty(value))
+        return self.write_text(name, as_json_text(value))
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file atomically; raises RunError when it cannot be written or lies outside the folder."""
@@ -107,7 +107,7 @@ class RunFolder:
             raise RunError(f"{name!r} is not a file name inside the run folder {self.path}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _replace(target, text)
+            replace_file(target, text)
         except OSError as error:
             raise RunError(
                 f"{target} cannot be written: {error.strerror or error}", hint="free some space in the folder of runs"
@@ -128,7 +128,7 @@ class RunFolder:
         cannot be written is counted, `notify` hears of the first one, the count goes into status.json, and the adapter
         itself is still saved, or fails, by its own error. Raising once would kill every caller that does not expect it.
         """
-        line = (json.dumps(_plain(record), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        line = (json.dumps(as_plain(record), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         # After a torn line the next one starts afresh, or both would be unreadable.
         data = b"\n" + line if name in self._torn else line
         written = 0
@@ -250,7 +250,7 @@ def _parsed(path: Path, facts: Mapping[str, Any]) -> RunStatus:
     figures = dict(facts["figures"] or {}) or next((figures for _, figures in reversed(read_metrics(path))), {})
     if state == "running":
         last = datetime.now(UTC)
-        if not _alive(facts["process"]):
+        if not is_alive(facts["process"]):
             state, last = "died", _last_sign(path)
             ended, error = _stamp(last), "the process ended without a word (killed, out of memory, or power lost)"
         seconds = max((last - started).total_seconds(), 0.0)
@@ -272,85 +272,5 @@ def _from_id(name: str) -> str | None:
     return None
 
 
-def _process(pid: int) -> dict[str, Any]:
-    return {"pid": pid, "started": _started(pid), "boot": _boot(), "host": socket.gethostname()}
-
-
-def _alive(process: Mapping[str, Any]) -> bool:
-    """Whether the process that began a run still runs; where that cannot be known, the run is believed."""
-    if process["host"] != socket.gethostname() or process["started"] is None:
-        return True
-    # A pid is used again after a while and after every boot: start time and boot tell one process from another.
-    return bool(process["boot"] == _boot() and process["started"] == _started(int(process["pid"])))
-
-
-def _started(pid: int) -> int | None:
-    """Start of a process in clock ticks since boot; None where it is gone, a zombie, or there is no /proc."""
-    try:
-        # The second field is the name of the program, which may hold spaces and parentheses.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else int(fields[19])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _boot() -> str | None:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
-
-
 def _stamp(moment: datetime) -> str:
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON can hold it: NaN and infinities as text, unknown objects as their text."""
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    # Scalars of numpy and torch, which this module does not import.
-    with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):
-        item = value.item()
-        if isinstance(item, (bool, int, float)):
-            return _plain(item)
-    return str(value)
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that readers see the old bytes or the new ones, also after a power cut."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-    try:
-        with open(draft, "wb") as handle:
-            handle.write(text.encode("utf-8", "backslashreplace"))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

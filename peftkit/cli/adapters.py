@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from peftkit import locations, render
-from peftkit.cli.console import show
+from peftkit.cli.console import show, show_interval
 from peftkit.cli.options import AsJson, RegistryRoot
 from peftkit.errors import AdapterDamaged
 from peftkit.registry.store import Registry, Version
@@ -69,7 +69,7 @@ def show_adapter(name: Reference, registry: RegistryRoot = None, as_json: AsJson
         ("size", render.size(sum(file.bytes for file in manifest.files.values()))),
         ("folder", str(version.path)),
     ]
-    show(manifest.model_dump(mode="json"), as_json=as_json, text=render.table(("", ""), facts, max_width=160))
+    show(manifest.model_dump(mode="json"), as_json=as_json, text=render.facts(facts))
 
 
 def tag(
@@ -97,7 +97,7 @@ def verify(name: Reference, registry: RegistryRoot = None) -> None:
 
 def _change(version: Version, key: str = "answer_nll_change") -> str:
     change: Any = version.manifest.metrics.other.get(key)
-    return render.interval(change["point"], change["low"], change["high"]) if change else "not measured"
+    return show_interval(change) if change else "not measured"
 
 
 def _score(version: Version) -> str:

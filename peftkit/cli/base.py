@@ -49,4 +49,4 @@ def show_base(
     identity = identify(base.folder, cache)
     facts = {"source": base.source, "revision": base.revision, "folder": str(base.folder)}
     facts |= {"fingerprint": identity.fingerprint, **identity.parts()}
-    show(facts, as_json=as_json, text=render.table(("", ""), list(facts.items()), max_width=120))
+    show(facts, as_json=as_json, text=render.facts(list(facts.items())))

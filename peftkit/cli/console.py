@@ -55,7 +55,7 @@ class Reporter:
                 self._line(f"! {event.text}" + (f"\n  to mend it: {event.hint}" if event.hint else ""))
             case events.Table():
                 self._stop()
-                self._line(f"\n{event.title}\n{render.table(event.columns, event.rows)}\n")
+                self._line(f"\n{event.title}\n{_table(event)}\n")
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -94,6 +94,12 @@ class Reporter:
         self._progress = self._task = None
 
 
+def _table(event: events.Table) -> str:
+    if any(event.columns):
+        return render.table(event.columns, event.rows)
+    return render.facts([(f"  {name}", value) for name, value in event.rows])
+
+
 def _figures(figures: dict[str, float]) -> str:
     shown = []
     for name, unit, digits in (("loss", "", 3), ("tokens_per_s", " tokens/s", 0), ("peak_gb", " GB", 1)):
@@ -101,6 +107,14 @@ def _figures(figures: dict[str, float]) -> str:
             label = "loss " if name == "loss" else "peak " if name == "peak_gb" else ""
             shown.append(f"{label}{figures[name]:.{digits}f}{unit}")
     return ", ".join(shown)
+
+
+def show_interval(stored: dict[str, float | None]) -> str:
+    """A stored interval as text; a single row has a point and no ends."""
+    point, low, high = (stored.get(name) for name in ("point", "low", "high"))
+    if point is None or low is None or high is None:
+        return f"{render.number(point)} (one row: no interval)"
+    return render.interval(point, low, high)
 
 
 def show(value: Any, *, as_json: bool, text: str) -> None:

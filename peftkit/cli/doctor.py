@@ -28,4 +28,4 @@ def doctor(as_json: AsJson = False) -> None:
         facts.append((name, f"{place.path}  ({place.reason})"))
         parent = next(p for p in (place.path, *place.path.parents) if p.exists())
         facts.append((f"free disk for {name}", render.size(shutil.disk_usage(parent).free)))
-    show(dict(facts), as_json=as_json, text=render.table(("", ""), facts, max_width=160))
+    show(dict(facts), as_json=as_json, text=render.facts(facts))

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import click
 import typer
 from rich.console import Console
 
@@ -46,6 +45,10 @@ app.add_typer(base.app, name="base")
 app.command("doctor")(doctor.doctor)
 
 
+# Typer 0.29 carries its own copy of click, older ones used the package; its public names lead to either.
+_ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
 def _version(value: bool) -> None:
     if value:
         Console(highlight=False).print(f"peftkit {peftkit.__version__}")
@@ -69,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = app(args=given, prog_name="peftkit", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
         return done.exit_code
-    except click.ClickException as error:
+    except _ClickError as error:
         error.show()
         return 2
-    except (Interrupted, KeyboardInterrupt, click.exceptions.Abort) as error:
+    except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
         _print_error(str(error) or "interrupted")
         return 130
     except PeftkitError as error:

@@ -43,7 +43,7 @@ def show_recipe(
         show(json_schema(recipe.config), as_json=True, text="")
         return
     rows = list(_fields(recipe.config, ""))
-    text = f"{recipe.name}: {recipe.summary}\n{recipe.path}\n\n" + render.table(("setting", "default", ""), rows, 90)
+    text = f"{recipe.name}: {recipe.summary}\n{recipe.path}\n\n" + render.table(("setting", "default", ""), rows, 130)
     show(None, as_json=False, text=text + f"\n\npresets: {', '.join(recipe.presets)}")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftkit import locations, render
-from peftkit.cli.console import show
+from peftkit.cli.console import show, show_interval
 from peftkit.cli.options import AsJson, RunsRoot
 from peftkit.runs import list_runs, load_run, read_metrics
 
@@ -55,6 +55,6 @@ def show_run(
         facts.append(("loss", f"{losses[0]:.3f} → {losses[-1]:.3f}  {render.sparkline(losses)}"))
     change = status.figures.get("evaluation", {}).get("other", {}).get("answer_nll_change")
     if change:
-        facts.append(("answer NLL, adapter − base", render.interval(change["point"], change["low"], change["high"])))
+        facts.append(("answer NLL, adapter − base", show_interval(change)))
     value = {**asdict(status), "losses": losses}
-    show(value, as_json=as_json, text=render.table(("", ""), facts, max_width=160))
+    show(value, as_json=as_json, text=render.facts(facts))

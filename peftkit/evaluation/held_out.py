@@ -299,5 +299,7 @@ def _exp(value: float) -> float:
     return math.exp(min(value, 50.0))
 
 
-def _interval(interval: Interval) -> dict[str, float]:
-    return {"point": interval.point, "low": interval.low, "high": interval.high}
+def _interval(interval: Interval) -> dict[str, float | None]:
+    """An interval for JSON; the infinite ends that a single row gives become null."""
+    ends = (interval.point, interval.low, interval.high)
+    return {name: end if math.isfinite(end) else None for name, end in zip(("point", "low", "high"), ends, strict=True)}

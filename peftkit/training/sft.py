@@ -7,6 +7,10 @@ that fails when upstream changes.
 
 from __future__ import annotations
 
+import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes with its Hub kernels
+
+# isort: split
+
 import math
 import resource
 import sys

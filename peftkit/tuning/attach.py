@@ -5,6 +5,10 @@ The base's bytes never change: adapters are added beside its layers, and detachi
 
 from __future__ import annotations
 
+import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes with its Hub kernels
+
+# isort: split
+
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes with its Hub kernels
+
+# isort: split
+
 import json
 import warnings
 from collections.abc import Iterator
