@@ -13,7 +13,6 @@ import importlib.util
 import inspect
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,6 +61,10 @@ class Recipe:
     def sha256(self) -> str:
         """Digest of the file, for the manifest."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+# Where a run keeps its trained adapter until the registry has it.
+_UNPUBLISHED = "adapter"
 
 
 class Interrupted(RunError):
@@ -220,6 +223,7 @@ class Run:
                 "training was interrupted; the adapter as it was is a PEFT checkpoint in " + str(kept),
                 hint=f"start again with: peftkit train {self.recipe.name} …",
             ) from None
+        save_adapter(tuned, folder.path / _UNPUBLISHED)  # whatever happens while measuring, the training is not lost
         self.figures["training"] = {**asdict(trained), "tokens_per_second": trained.tokens_per_second}
         rate, loss = trained.tokens_per_second, f"{trained.first_loss:.3f} → {trained.last_loss:.3f}"
         took = f"{trained.steps} steps in {duration(trained.seconds)}: {rate:.0f} tokens/s"
@@ -276,9 +280,9 @@ class Run:
                 "parents": list(tuned.parents),
             }
         )
-        with tempfile.TemporaryDirectory(dir=self._folder().path) as scratch:
-            payload = save_adapter(tuned, Path(scratch) / "adapter")
-            self.saved = self.registry.publish(name, payload, draft)
+        payload = save_adapter(tuned, self._folder().path / _UNPUBLISHED)
+        self.saved = self.registry.publish(name, payload, draft)
+        shutil.rmtree(payload)
         self.report(Note(f"saved as {self.saved.reference} in {self.saved.path}"))
         return self.saved
 
@@ -366,13 +370,21 @@ def execute(
         folder.finish("interrupted", error=str(error), figures=run.figures)
         if isinstance(error, Interrupted):
             raise
-        raise Interrupted(f"run {folder.id} was interrupted before or after training; nothing was published") from None
+        raise Interrupted(f"run {folder.id} was interrupted{_kept(folder)}") from None
     except BaseException as error:
         folder.finish("failed", error=f"{type(error).__name__}: {error}", figures=run.figures)
+        if _kept(folder):
+            report(Note(f"run {folder.id} failed after training{_kept(folder)}"))
         raise
     saved = run.saved.reference if run.saved else None
     folder.finish("done", saved_as=saved, figures=run.figures)
     return Result(folder.id, saved, run.figures)
+
+
+def _kept(folder: RunFolder) -> str:
+    """Where the trained adapter is when it was not published."""
+    adapter = folder.path / _UNPUBLISHED
+    return f"; the trained adapter is a PEFT checkpoint in {adapter}" if adapter.exists() else ""
 
 
 def configure(

@@ -22,6 +22,16 @@ class TrainingPathLinear8bit(Linear8bitLt):  # type: ignore[misc]
         super().train(True)
         return self
 
+    def init_8bit_state(self) -> None:
+        """Take codes and scales over from the weight; keep those in the state where the weight has lost its scales.
+
+        PEFT copies a layer's weight without them (DoRA does), and upstream would overwrite the scales with None.
+        """
+        if self.weight.SCB is None:
+            self.weight.CB = None
+        else:
+            super().init_8bit_state()
+
 
 def contain_bitsandbytes(model: nn.Module) -> dict[str, int]:
     """Switch off what bitsandbytes does by itself in eval mode; return how many layers of each kind were held.
@@ -37,6 +47,9 @@ def contain_bitsandbytes(model: nn.Module) -> dict[str, int]:
         elif isinstance(module, Linear8bitLt):
             # Re-classing this instance leaves upstream's class alone and keeps the loaded int8 state.
             module.__class__ = TrainingPathLinear8bit
+            if module.weight.CB is not None:
+                # Normally done by the first forward; DoRA dequantizes before that and finds no scales.
+                module.init_8bit_state()
             module.train()
             held["8-bit"] += 1
     return held

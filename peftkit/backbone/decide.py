@@ -87,6 +87,12 @@ def _compute_dtype(spec: QuantSpec, device: torch.device) -> tuple[torch.dtype, 
 
 
 def _plain_dtype(spec: QuantSpec, compute: torch.dtype) -> tuple[torch.dtype, str]:
+    if spec.bits == 32 and spec.dtype not in ("auto", "float32"):
+        raise BackboneError(
+            f"quant.bits=32 with quant.dtype={spec.dtype}",
+            expected="float32 for 32 bits",
+            hint="set quant.bits=16, or remove quant.dtype",
+        )
     if spec.dtype == "auto":
         return compute, "the compute dtype; nothing is up-cast behind your back"
     return getattr(torch, spec.dtype), "asked for"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from peftkit.backbone.contain import contain_bitsandbytes
+from peftkit.backbone.contain import contain_bitsandbytes, quantized_linears
 from peftkit.backbone.decide import Placement, place
 from peftkit.backbone.locate import locate
 from peftkit.backbone.spec import QuantSpec
@@ -66,11 +66,17 @@ def load_backbone(
     for decision in placement.decisions:
         report(decision)
     identity = identify(located.folder, cache)
+    tokenizer = load_tokenizer(located.folder)
     model = _from_pretrained(located.folder, config, quant, placement)
     model.requires_grad_(False)
     model.eval()
     contain_bitsandbytes(model)
-    return Backbone(model, load_tokenizer(located.folder), located, identity, quant, placement)
+    for layer in quantized_linears(model).values():
+        if hasattr(layer, "compute_dtype"):  # 4-bit uploads bring their own; what is printed here must hold
+            layer.compute_dtype, layer.compute_type_is_set = placement.compute_dtype, True
+    # A base's own sampling defaults (repetition penalty, temperature) would bend every answer, greedy ones too.
+    model.generation_config = GenerationConfig(eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.pad_id)
+    return Backbone(model, tokenizer, located, identity, quant, placement)
 
 
 def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, placement: Placement) -> Any:
@@ -86,7 +92,7 @@ def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, pla
         options["quantization_config"] = _bitsandbytes_config(quant, placement)
     try:
         with _quiet():
-            return AutoModelForCausalLM.from_pretrained(str(folder), **options)
+            model, info = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
     except torch.cuda.OutOfMemoryError as error:
         raise BackboneError(
             f"{folder.name} in {quant.label} does not fit into the GPU's memory",
@@ -95,6 +101,14 @@ def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, pla
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(f"{folder} cannot be loaded in {quant.label}: {reason}") from error
+    absent = sorted(info["missing_keys"])
+    if absent:  # transformers fills them with random numbers
+        raise BackboneError(
+            f"{folder} lacks {len(absent)} tensors of the model: {', '.join(absent[:3])}",
+            expected="all tensors that config.json asks for",
+            hint="fetch the base again",
+        )
+    return model
 
 
 def _bitsandbytes_config(quant: QuantSpec, placement: Placement) -> BitsAndBytesConfig:

@@ -108,7 +108,7 @@ def tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
                 if not 8 + length <= start <= end <= size:
                     raise ValueError(f"tensor {name!r} lies outside the file")
                 yield name, str(info["dtype"]), tuple(info["shape"]), start, end
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BaseError(f"{path} is not a whole safetensors file: {error}", hint="fetch it again") from None
 
 
@@ -125,8 +125,8 @@ def _file_lines(path: Path, cache: Path | None) -> list[str]:
     key = hashlib.sha256(f"{path.resolve()}|{stat.st_ino}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
     entry = cache / "identity" / f"{key}.json" if cache else None
     if entry and entry.exists():
-        cached = _json_file(entry).get("lines")
-        if isinstance(cached, list):
+        cached = _cached(entry)
+        if cached is not None:
             return cached
     lines = []
     with path.open("rb") as file:
@@ -145,6 +145,15 @@ def _file_lines(path: Path, cache: Path | None) -> list[str]:
         scratch.write_text(json.dumps({"lines": lines}), encoding="utf-8")
         scratch.replace(entry)
     return lines
+
+
+def _cached(entry: Path) -> list[str] | None:
+    """Digests of an unchanged file; None when the entry is damaged, since it can be made again."""
+    try:
+        lines = json.loads(entry.read_text(encoding="utf-8"))["lines"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return lines if isinstance(lines, list) and all(isinstance(line, str) for line in lines) else None
 
 
 def _tokenizer_digest(folder: Path) -> str:

@@ -16,6 +16,8 @@ from peftkit.errors import BaseError
 
 Kind = Literal["embedded", "hub", "folder", "gguf"]
 
+_EXPECTED = "a folder, a .gguf file, a Hub id (owner/name) or embedded:smollm2-135m"
+
 # What `locate` downloads from the Hub: weights as safetensors, and the small text files. Pickles stay there.
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 
@@ -60,6 +62,15 @@ def parse(spec: BaseSpec) -> BaseRef:
 
 
 def _kind_of(source: str) -> Kind:
+    try:
+        return _recognise(source)
+    except (OSError, RuntimeError, ValueError) as error:  # a path too long, ~nobody, a NUL byte
+        raise BaseError(f"{source[:60]!r} cannot be a base: {error}", expected=_EXPECTED) from None
+
+
+def _recognise(source: str) -> Kind:
+    if not source.strip():
+        raise BaseError("the base is empty", expected=_EXPECTED)
     if source.startswith("embedded:"):
         name = source.removeprefix("embedded:")
         if name not in embedded.EMBEDDED:

@@ -22,6 +22,12 @@ class Tokenizer:
     """Fills short rows; always masked by the attention mask, so it may equal a stop token."""
 
     @property
+    def control(self) -> list[str]:
+        """Tokens that steer a conversation and never belong into a message's text."""
+        added = [token.content for token in self.hf.added_tokens_decoder.values() if token.special]
+        return [token for token in dict.fromkeys([*self.hf.all_special_tokens, *added]) if token.strip()]
+
+    @property
     def has_template(self) -> bool:
         """Whether the base ships a chat template."""
         return bool(self.hf.chat_template)
@@ -54,7 +60,10 @@ def _stop_ids(hf: Any, folder: Path) -> tuple[int, ...]:
     ids = [hf.eos_token_id] if hf.eos_token_id is not None else []
     file = folder / "generation_config.json"
     if file.exists():
-        listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        try:
+            listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise BaseError(f"{file} cannot be read: {error}", expected="a JSON object") from None
         ids += listed if isinstance(listed, list) else [listed] if isinstance(listed, int) else []
     if not ids:
         raise BaseError(

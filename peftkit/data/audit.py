@@ -124,6 +124,8 @@ def audit(spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Repor
     report(Note(f"{train_set.source}: {len(train_set.rows)} rows, format {train_set.format} ({train_set.reason})"))
     train_rows, held_rows, held_set = _divide(spec, train_set, report)
     length = min(filter(None, (spec.max_length, limit)), default=None)
+    if spec.max_length and limit and spec.max_length > limit:
+        report(Warned(f"data.max_length={spec.max_length} is above the base's longest sequence, so {limit} holds"))
     train = encode(train_rows[: spec.max_train_rows], train_set, "train", tokenizer, spec, length)
     held = encode(held_rows[: spec.max_held_out_rows], held_set, "held_out", tokenizer, spec, length)
     for part in (train, held):
@@ -143,25 +145,26 @@ def encode(
 ) -> Part:
     """Encode rows and apply the length policy. Raises DataError listing the rows that cannot be used."""
     examples: list[Example] = []
-    dropped: list[str] = []
-    truncated: list[str] = []
-    too_long: list[str] = []
+    # By place, in order: a row of several sequences is one row to its author.
+    dropped: dict[str, None] = {}
+    truncated: dict[str, None] = {}
+    too_long: dict[str, int] = {}
     for index, row in enumerate(rows):
         for example in encode_row(row, index, tokenizer, spec.rendering):
-            if length is None or len(example.input_ids) <= length:
-                kept: Example | None = example
-            else:
-                too_long.append(f"{example.where} ({len(example.input_ids)} tokens)")
+            kept: Example | None = example
+            if length is not None and len(example.input_ids) > length:
+                too_long[example.where] = max(len(example.input_ids), too_long.get(example.where, 0))
                 kept = _cut(example, length) if spec.too_long == "truncate" else None
-                if kept:
-                    truncated.append(example.where)
             if kept is None or kept.answer_tokens == 0:
-                dropped.append(example.where)
-            else:
-                examples.append(kept)
+                dropped[example.where] = None
+                continue
+            if kept is not example:
+                truncated[example.where] = None
+            examples.append(kept)
     if too_long and spec.too_long == "raise":
         raise DataError(
-            f"{len(too_long)} of {len(rows)} {role} rows are longer than {length} tokens: {_some(too_long)}",
+            f"{len(too_long)} of {len(rows)} {role} rows are longer than {length} tokens: "
+            + _some([f"{place} ({tokens} tokens)" for place, tokens in too_long.items()]),
             expected=f"at most {length} tokens per row",
             hint="set data.max_length higher, or choose data.too_long=drop or data.too_long=truncate",
         )

@@ -12,7 +12,7 @@ one example per answer, each with the prompt that inference would use.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,7 +118,7 @@ def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, ren
     """Token ids of a conversation that waits for an answer, rendered as training rendered it."""
     row = Row(messages=tuple(dict(m) for m in messages), text=None, tools=None, chat_template_kwargs={}, columns={},
               where="chat")  # type: ignore[arg-type]  # fmt: skip
-    return tokenizer.encode(_render(list(row.messages), row, tokenizer, rendering, prompt=True))
+    return tokenizer.encode(_render(prepare(row, tokenizer, rendering), row, tokenizer, rendering, prompt=True))
 
 
 def segments(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -139,23 +139,33 @@ def prepare(row: Row, tokenizer: Tokenizer, rendering: Rendering) -> list[dict[s
     Raises DataError when a message contains one of the tokenizer's control tokens: rendered, it would end or fake a
     turn, which an evaluation or a loss curve would never show.
     """
-    control = [token for token in tokenizer.hf.all_special_tokens if token.strip()]
     messages = []
     for number, message in enumerate(row.messages, start=1):
+        found = next((token for text in _texts(message) for token in tokenizer.control if token in text), None)
+        if found:
+            raise DataError(
+                f"{row.where}: message {number} ({message['role']}) contains the control token {found!r}",
+                expected="plain text: inside a message it would end the turn",
+                hint="remove it, or store the conversation as separate messages",
+            )
         content = message.get("content")
-        if isinstance(content, str):
-            found = [token for token in control if token in content]
-            if found:
-                raise DataError(
-                    f"{row.where}: message {number} ({message['role']}) contains the control token {found[0]!r}",
-                    expected="plain text: inside a message it would end the turn",
-                    hint="remove it, or store the conversation as separate messages",
-                )
         if rendering.think == "strip" and message["role"] == "assistant" and isinstance(content, str):
             message = {**message, "content": _THINK_BLOCK.sub("", content)}
             message.pop("reasoning_content", None)
         messages.append(dict(message))
     return messages
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string inside a message: content, reasoning, names and arguments of tool calls."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _encode_text(row: Row, index: int, tokenizer: Tokenizer) -> Example:

@@ -55,6 +55,11 @@ class Held:
     metric_reason: str
 
     @property
+    def rows(self) -> list[Row]:
+        """The rows that have something to measure: not those that the length policy left out."""
+        return [self.part.rows[index] for index in sorted({example.row for example in self.part.examples})]
+
+    @property
     def answer_tokens(self) -> list[int]:
         """Predicted answer tokens per example."""
         return [example.answer_tokens for example in self.part.examples]
@@ -108,7 +113,7 @@ class Comparison:
     def by_group(self, measured: Measured) -> list[tuple[str, int, float]]:
         """Scores per value of the `group_by` column. Raises DataError when a row has no such column."""
         column = str(self.spec.group_by)
-        rows = self.held.part.rows[: len(measured.scores)]
+        rows = self.held.rows[: len(measured.scores)]
         missing = [str(row.where) for row in rows if column not in row.columns]
         if missing:
             raise DataError(
@@ -124,8 +129,7 @@ class Comparison:
     def samples(self) -> list[dict[str, Any]]:
         """Answers side by side, for the run folder only: they contain the user's rows."""
         lines = []
-        for i, answer in enumerate(self.adapter.answers):
-            row = self.held.part.rows[i]
+        for i, (answer, row) in enumerate(zip(self.adapter.answers, self.held.rows, strict=False)):
             line: dict[str, Any] = {"where": str(row.where), "reference": reference(row)}
             for measured in (self.base, *self.prompted):
                 if measured.answers:
@@ -173,7 +177,7 @@ def measure(
     """Measure one contestant; `prompts` replaces the plain prompts of the generated rows, [] generates nothing."""
     device, tokenizer = backbone.device, backbone.tokenizer
     if prompts is None:
-        rows = held.part.rows[: spec.max_generated_rows]
+        rows = held.rows[: spec.max_generated_rows]
         prompts = [prompt_for(row, tokenizer, held.rendering) for row in rows if row.text is None]
     report(Phase(f"measure {contestant.name}", len(prompts) or None, "answers"))
     nll: list[float] = []
@@ -192,7 +196,7 @@ def measure(
             batch_size=spec.batch_size,
             progress=lambda done: report(Progress(done, {})),
         )
-    rows = held.part.rows[: len(answers)]
+    rows = held.rows[: len(answers)]
     metric = METRICS[held.metric]
     scores = [metric(answer.text, reference(row), row.columns) for answer, row in zip(answers, rows, strict=True)]
     return Measured(contestant.name, nll, retention, answers, scores)
@@ -210,7 +214,7 @@ def compare(
     report: Report = silent,
 ) -> Comparison:
     """Measure base and adapter on the same rows; `before` reuses figures of the base taken earlier."""
-    rows = [row for row in held.part.rows[: spec.max_generated_rows] if row.text is None]
+    rows = [row for row in held.rows[: spec.max_generated_rows] if row.text is None]
     prompted_sets = _prompted(rows, train_rows, held.rendering, spec, backbone)
     plain: list[list[int]] | None = [] if prompted_sets else None
     before = before or measure(base, held, spec, backbone, prompts=plain, report=report)
@@ -270,9 +274,18 @@ def _figures(measured: Measured, held: Held) -> dict[str, Any]:
     if measured.retention and held.text:
         figures["retention_nll"] = _interval(mean_nll(measured.retention, held.text.tokens))
     if measured.scores:
-        figures["score"] = {"metric": held.metric, **summarise(measured.scores)}
+        figures["score"] = {"metric": held.metric, **_without_invented(summarise(measured.scores))}
         figures["stopped"] = sum(answer.stopped for answer in measured.answers) / len(measured.answers)
     return figures
+
+
+def _without_invented(summary: dict[str, Any]) -> dict[str, Any]:
+    """Fields that no reference has are counted, not named: a base may answer with a customer's words as a key."""
+    fields = summary.get("fields")
+    if not fields:
+        return summary
+    known = {name: f for name, f in fields.items() if f["true_positive"] + f["false_negative"] + f["true_negative"] > 0}
+    return {**summary, "fields": known, "invented_fields": len(fields) - len(known)}
 
 
 def _line(measured: Measured, held: Held) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from peftkit.base.tokenizer import Tokenizer
 
@@ -73,7 +74,7 @@ def _generate_batch(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[list[int]]:
-    shared = _shared_prefix(prompts)
+    shared = _shared_prefix(prompts) if _keeps_every_token(model) else 0
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), tokenizer.pad_id, dtype=torch.long)
     mask = torch.zeros((len(prompts), longest), dtype=torch.long)
@@ -92,6 +93,11 @@ def _generate_batch(
     return [row.tolist() for row in out[:, longest:].cpu()]
 
 
+def _keeps_every_token(model: Any) -> bool:
+    """Whether the model's cache keeps all tokens; in a sliding window, padding would push a shared prefix out."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
 def _shared_prefix(prompts: list[list[int]]) -> int:
     """Number of leading tokens that all prompts share, at least one token short of the shortest; 0 if not worth it."""
     limit = min(len(prompt) for prompt in prompts) - 1
@@ -108,14 +114,15 @@ def _prefix_cache(model: Any, prefix: torch.Tensor, rows: int) -> DynamicCache:
 
 
 def _generation_config(tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
-    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
+    # top_k=0 switches off transformers' default of 50, which nobody asked for.
+    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampling.temperature > 0,
         eos_token_id=list(tokenizer.stop_ids),
         pad_token_id=tokenizer.pad_id,
         use_cache=True,
-        **sampled,
+        **(sampled if sampling.temperature > 0 else {}),
     )
 
 

@@ -107,12 +107,7 @@ def train(
 
     Raises TrainingError for a loss that is not finite, or float16 compute.
     """
-    if tuned.backbone.placement.compute_dtype == torch.float16:
-        raise TrainingError(
-            "quant.compute_dtype=float16 is for inference: gradients overflow in it",
-            expected="bfloat16 or float32",
-            hint="remove quant.compute_dtype",
-        )
+    _check(tuned, spec)
     plan = schedule(examples, spec)
     trainer = StepTrainer(tuned, examples, plan, spec, folder, report, log)
     report(Phase("train", len(plan)))
@@ -131,6 +126,21 @@ def train(
         last_loss=results[-1].loss,
         peak_bytes=peak_bytes(tuned.backbone.device),
     )
+
+
+def _check(tuned: Tuned, spec: TrainSpec) -> None:
+    if tuned.backbone.placement.compute_dtype == torch.float16:
+        raise TrainingError(
+            "quant.compute_dtype=float16 is for inference: gradients overflow in it",
+            expected="bfloat16 or float32",
+            hint="remove quant.compute_dtype",
+        )
+    if tuned.backbone.device.type != "cuda" and spec.optim in ("adamw_torch_fused", "paged_adamw_8bit", "adamw_8bit"):
+        raise TrainingError(
+            f"train.optim={spec.optim} needs CUDA, and the backbone is on the {tuned.backbone.device.type}",
+            expected="auto, adamw_torch or sgd",
+            hint="remove train.optim",
+        )
 
 
 def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, optim: str) -> SFTConfig:
@@ -190,15 +200,19 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         base = tuned.model.get_base_model()
         own_forward = base.__dict__.get("forward")
         dtypes = {name: parameter.dtype for name, parameter in tuned.model.named_parameters()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            super().__init__(
-                model=tuned.model,
-                args=sft_arguments(tuned, plan, spec, folder, decision.choice),
-                train_dataset=to_dataset(examples),
-                processing_class=backbone.tokenizer.hf,
-                data_collator=list,
-            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                super().__init__(
+                    model=tuned.model,
+                    args=sft_arguments(tuned, plan, spec, folder, decision.choice),
+                    train_dataset=to_dataset(examples),
+                    processing_class=backbone.tokenizer.hf,
+                    data_collator=list,
+                )
+        except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, most often
+            reason = str(error).strip().splitlines()[0]
+            raise TrainingError(f"the trainer cannot start: {reason}", hint="look at train.report_to") from error
         _restore(tuned.model, dtypes, base, own_forward)
         self.remove_callback(PrinterCallback)
         self._clock = time.perf_counter()

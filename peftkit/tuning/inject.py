@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peftkit.backbone.load import Backbone
 from peftkit.errors import TuningError
 from peftkit.events import Decision, Report, silent
+from peftkit.tuning.fit import check_bare
 from peftkit.tuning.methods import AdapterSpec, peft_arguments
 
 
@@ -56,12 +57,7 @@ def inject(backbone: Backbone, spec: AdapterSpec, *, report: Report = silent) ->
     Adapter weights are float32, whatever the base is: bfloat16 would swallow small updates. Raises TuningError when
     `target_modules` matches nothing.
     """
-    if hasattr(backbone.model, "peft_config"):
-        raise TuningError(
-            "this backbone already carries an adapter",
-            expected="a backbone without one",
-            hint="detach it first, or load the backbone again",
-        )
+    check_bare(backbone)
     with torch.random.fork_rng(devices=_cuda_devices(backbone)), warnings.catch_warnings():
         torch.manual_seed(spec.seed)
         warnings.simplefilter("ignore")

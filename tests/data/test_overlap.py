@@ -25,6 +25,7 @@ def test_shares_counted_by_hand() -> None:
 def test_a_short_text_is_shared_only_with_its_equal() -> None:
     assert ngram_overlap(["Yes."], ["he said yes to all of it and more"], n=8).highest == 0.0
     assert ngram_overlap(["Yes."], ["yes"], n=8).highest == 1.0
+    assert ngram_overlap(["yes please"], ["yes no", "please"], n=8).highest == 0.0
 
 
 def test_exact_duplicates_are_counted_by_character() -> None:

@@ -1,0 +1,95 @@
+"""Every code block of the README runs, with a tiny base in place of the Hub id."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+HUB_ID = "Qwen/Qwen3-4B"
+
+
+def block(language: str, containing: str) -> str:
+    found = [text for kind, text in BLOCKS if kind == language and containing in text]
+    assert len(found) == 1, f"README has {len(found)} {language} blocks with {containing!r}"
+    return found[0]
+
+
+def test_every_block_is_covered_here() -> None:
+    assert sorted(kind for kind, _ in BLOCKS) == ["", "console", "console", "json", "python"]
+
+
+def test_make_targets_exist() -> None:
+    lines = block("console", "make demo").splitlines()
+    targets = [line.split()[2] for line in lines if line.startswith("$ make")]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_own_rows(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """The commands for a user's own rows work one after the other."""
+    from peftkit.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("REGISTRY", "RUNS", "CACHE"):
+        monkeypatch.setenv(f"PEFTKIT_{name}", str(tmp_path / name.lower()))
+    rows = [json.loads(line) for line in block("json", "messages").splitlines()]
+    text = "".join(
+        json.dumps({"messages": [{**rows[i % 2]["messages"][0], "content": f"Case {i}."}, rows[i % 2]["messages"][1]]})
+        + "\n"
+        for i in range(12)
+    )
+    (tmp_path / "tickets.jsonl").write_text(text)
+    commands = [line[2:] for line in block("console", "data preview").splitlines() if line.startswith("$ ")]
+    assert len(commands) == 5
+    for command in commands:
+        arguments = shlex.split(command.replace(HUB_ID, str(tiny_base)))[1:]
+        if arguments[0] == "train":
+            arguments += ["train.max_steps=1", "evaluate.max_new_tokens=4", "data.max_length=512"]
+        if arguments[0] == "chat":
+            arguments += ["--max-new-tokens", "4"]
+        assert main(arguments) == 0, f"{command}\n{capfd.readouterr().err}"
+    assert "tickets" in capfd.readouterr().out
+
+
+def test_python_block(tiny_base: Path, tmp_path: Path) -> None:
+    code = block("python", "load_backbone").replace(HUB_ID, str(tiny_base))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+ [0-9a-f]{12}\n", done.stdout)
+
+
+def test_the_tree_names_every_module() -> None:
+    tree = block("", "peftkit/\n")
+    modules = [
+        p for p in (ROOT / "peftkit").rglob("*.py") if p.name not in ("__init__.py", "__main__.py", "version.py")
+    ]
+    assert len(modules) > 40, "module discovery is broken"
+    folders_as_a_whole = ("config", "cli")
+    missing = [
+        str(p.relative_to(ROOT))
+        for p in modules
+        if p.parent.name not in folders_as_a_whole and not re.search(rf"\b{re.escape(p.name)}\b", tree)
+    ]
+    assert not missing
+
+
+def test_every_command_is_in_the_table() -> None:
+    from typer.main import get_command
+
+    from peftkit.cli.main import app
+
+    names = sorted(get_command(app).commands)
+    assert len(names) == 12
+    missing = [name for name in names if not re.search(rf"`(peftkit )?{name}\b", README)]
+    assert not missing
