@@ -10,6 +10,9 @@ import pytest
 from tiny_bases import write_base
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers with two OpenMP threads each on two cores spend their time waiting for one another.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 

@@ -34,7 +34,7 @@ def place(spec: QuantSpec) -> Placement:
     attention, attention_why = _attention(spec, device, compute)
     decisions = (
         Decision("device", str(device), device_why),
-        Decision("weights", spec.label, _weights_reason(spec)),
+        Decision("weights", spec.label, _weights_reason(spec, dtype)),
         Decision("compute dtype", _name(compute), compute_why),
         Decision("embeddings, norms, head", _name(dtype), dtype_why),
         Decision("attention", attention, attention_why),
@@ -110,10 +110,14 @@ def _attention(spec: QuantSpec, device: torch.device, compute: torch.dtype) -> t
     return "flash_attention_2", "flash_attn is installed and the inputs are 16-bit"
 
 
-def _weights_reason(spec: QuantSpec) -> str:
+def _weights_reason(spec: QuantSpec, dtype: torch.dtype) -> str:
     if spec.bits == 4:
         return "linear layers packed in 4 bits, " + ("constants in 8 bits" if spec.double_quant else "constants in 32")
-    return "linear layers in 8 bits (LLM.int8)" if spec.bits == 8 else "linear layers not quantized"
+    return (
+        "linear layers in 8 bits (LLM.int8)"
+        if spec.bits == 8
+        else f"linear layers not quantized, held in {_name(dtype)}"
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

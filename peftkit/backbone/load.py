@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from peftkit.backbone.contain import contain_bitsandbytes, quantized_linears
 from peftkit.backbone.decide import Placement, place
 from peftkit.backbone.locate import locate
+from peftkit.backbone.quiet import quiet
 from peftkit.backbone.spec import QuantSpec
 from peftkit.base.identity import BaseIdentity, identify, weight_files
 from peftkit.base.ref import BaseSpec, LocatedBase, read_config
@@ -91,7 +89,7 @@ def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, pla
     if quant.bits in (4, 8) and not config.get("quantization_config"):
         options["quantization_config"] = _bitsandbytes_config(quant, placement)
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
     except torch.cuda.OutOfMemoryError as error:
         raise BackboneError(
@@ -161,19 +159,3 @@ def _refuse_remote_code(config: dict[str, Any], source: str) -> None:
             expected="an architecture that is part of transformers",
             hint="pip install --upgrade transformers",
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep upstream's progress bars and load reports out of the terminal; errors still raise."""
-    from transformers.utils import logging as hf_logging
-
-    shown, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if shown:
-            hf_logging.enable_progress_bar()

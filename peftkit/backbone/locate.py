@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from peftkit.backbone.quiet import quiet
 from peftkit.base import embedded, ref
 from peftkit.base.ref import BaseSpec, LocatedBase
 from peftkit.errors import BaseError, MissingExtra
@@ -69,11 +70,13 @@ def _write_dequantized(gguf: Path, folder: Path) -> None:
 
     if not is_gguf_available():
         raise MissingExtra("gguf", "gguf", f"reading {gguf.name}")
+    options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            model.save_pretrained(str(folder))
+            tokenizer.save_pretrained(str(folder))
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BaseError(
@@ -81,5 +84,3 @@ def _write_dequantized(gguf: Path, folder: Path) -> None:
             expected="a GGUF file of an architecture that transformers reads",
             hint="use the safetensors upload of the same model",
         ) from error
-    model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))

@@ -53,6 +53,7 @@ def fetch(name: str, cache: Path) -> Path:
     """
     base, target = EMBEDDED[name], gguf_path(name, cache)
     if target.exists():
+        _check(target, base.member_sha256)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

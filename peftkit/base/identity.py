@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -136,14 +137,17 @@ def _file_lines(path: Path, cache: Path | None) -> list[str]:
             remaining = end - start
             while remaining:
                 chunk = file.read(min(_CHUNK, remaining))
+                if not chunk:
+                    raise BaseError(f"{path} became shorter while it was read", hint="fetch it again")
                 digest.update(chunk)
                 remaining -= len(chunk)
             lines.append(f"{name} {dtype} {list(shape)} {digest.hexdigest()}")
     if entry:
         entry.parent.mkdir(parents=True, exist_ok=True)
-        scratch = entry.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"lines": lines}), encoding="utf-8")
-        scratch.replace(entry)
+        # A name of its own: two processes may identify the same base at the same time.
+        with tempfile.NamedTemporaryFile("w", dir=entry.parent, delete=False, encoding="utf-8") as scratch:
+            json.dump({"lines": lines}, scratch)
+        Path(scratch.name).replace(entry)
     return lines
 
 

@@ -28,6 +28,12 @@ class Tokenizer:
         return [token for token in dict.fromkeys([*self.hf.all_special_tokens, *added]) if token.strip()]
 
     @property
+    def bos(self) -> list[int]:
+        """What the tokenizer puts before plain text: its BOS token, or nothing. Chat templates write their own."""
+        ids = self.hf.encode("a", add_special_tokens=True)
+        return [ids[0]] if ids and ids[0] == self.hf.bos_token_id else []
+
+    @property
     def has_template(self) -> bool:
         """Whether the base ships a chat template."""
         return bool(self.hf.chat_template)

@@ -68,7 +68,7 @@ class Example:
 
 @dataclass(frozen=True)
 class _Answer:
-    """One assistant turn as inference sees it."""
+    """One assistant turn as inference sees it; `text` and `ids` end with the end-of-turn token."""
 
     prompt: str
     text: str
@@ -88,9 +88,16 @@ def encode_row(row: Row, index: int, tokenizer: Tokenizer, rendering: Rendering)
     if not turns:
         raise DataError(f"{row.where}: no assistant turn, so there is nothing to learn", expected="an answer")
     answers = [_answer(messages, turn, row, tokenizer, rendering) for turn in turns]
-    examples = _one_sequence(answers, index, row, tokenizer)
+    examples = _one_sequence(answers, index, row, tokenizer, rendering)
     if examples is None:
-        examples = [_single(answer, index, row, tokenizer) for answer in answers]
+        if rendering.loss == "all":
+            raise DataError(
+                f"{row.where}: data.loss=all would count early turns of this row several times, because the template "
+                "shows past turns differently from present ones",
+                expected="data.loss=assistant or last",
+                hint="remove data.loss",
+            )
+        examples = [_single(answer, index, row, tokenizer, rendering) for answer in answers]
     return _with_loss(examples, rendering.loss)
 
 
@@ -111,14 +118,16 @@ def prompt_for(
     examples = [
         message for shot in shots for message in prepare(shot, tokenizer, rendering) if message["role"] != "system"
     ]
-    return tokenizer.encode(_render([*system, *examples, *history], row, tokenizer, rendering, prompt=True))
+    text = _render([*system, *examples, *history], row, tokenizer, rendering, prompt=True)
+    return _prompt_ids(text, tokenizer, rendering)
 
 
 def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, rendering: Rendering) -> list[int]:
     """Token ids of a conversation that waits for an answer, rendered as training rendered it."""
     row = Row(messages=tuple(dict(m) for m in messages), text=None, tools=None, chat_template_kwargs={}, columns={},
               where="chat")  # type: ignore[arg-type]  # fmt: skip
-    return tokenizer.encode(_render(prepare(row, tokenizer, rendering), row, tokenizer, rendering, prompt=True))
+    text = _render(prepare(row, tokenizer, rendering), row, tokenizer, rendering, prompt=True)
+    return _prompt_ids(text, tokenizer, rendering)
 
 
 def segments(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -150,7 +159,14 @@ def prepare(row: Row, tokenizer: Tokenizer, rendering: Rendering) -> list[dict[s
             )
         content = message.get("content")
         if rendering.think == "strip" and message["role"] == "assistant" and isinstance(content, str):
-            message = {**message, "content": _THINK_BLOCK.sub("", content)}
+            kept = _THINK_BLOCK.sub("", content)
+            if content.strip() and not kept.strip() and not message.get("tool_calls"):
+                raise DataError(
+                    f"{row.where}: message {number} is nothing but a think block, so data.think=strip leaves no answer",
+                    expected="an answer after the think block",
+                    hint="remove the row, or set data.think=keep",
+                )
+            message = {**message, "content": kept}
             message.pop("reasoning_content", None)
         messages.append(dict(message))
     return messages
@@ -194,7 +210,9 @@ def _answer(messages: list[dict[str, Any]], turn: int, row: Row, tokenizer: Toke
     return _Answer(prompt, tokenizer.decode(ids, skip_special_tokens=False), ids, stop_added=False)
 
 
-def _one_sequence(answers: list[_Answer], index: int, row: Row, tokenizer: Tokenizer) -> list[Example] | None:
+def _one_sequence(
+    answers: list[_Answer], index: int, row: Row, tokenizer: Tokenizer, rendering: Rendering
+) -> list[Example] | None:
     """All answers in one sequence, or None when a later prompt is not the earlier text continued, token by token."""
     ids: list[int] = []
     labels: list[int] = []
@@ -202,21 +220,25 @@ def _one_sequence(answers: list[_Answer], index: int, row: Row, tokenizer: Token
     for answer in answers:
         if not answer.prompt.startswith(text):
             return None
-        between = tokenizer.encode(answer.prompt[len(text) :])
-        if ids and tokenizer.encode(answer.prompt) != ids + between:
+        whole = _prompt_ids(answer.prompt, tokenizer, rendering)
+        between = tokenizer.encode(answer.prompt[len(text) :]) if ids else whole
+        if whole != ids + between:
             return None
-        if answer.stop_added and answer is not answers[-1]:
-            return None  # the next prompt would not contain the end-of-turn token that was learned
         ids, start = ids + between + answer.ids, len(ids) + len(between)
         labels = labels + [IGNORED] * len(between) + answer.ids
         text = answer.prompt + answer.text
     return [Example(ids, labels, start, index, str(row.where), answers[-1].stop_added)]
 
 
-def _single(answer: _Answer, index: int, row: Row, tokenizer: Tokenizer) -> Example:
-    prompt = tokenizer.encode(answer.prompt)
+def _single(answer: _Answer, index: int, row: Row, tokenizer: Tokenizer, rendering: Rendering) -> Example:
+    prompt = _prompt_ids(answer.prompt, tokenizer, rendering)
     labels = [IGNORED] * len(prompt) + answer.ids
     return Example(prompt + answer.ids, labels, len(prompt), index, str(row.where), answer.stop_added)
+
+
+def _prompt_ids(text: str, tokenizer: Tokenizer, rendering: Rendering) -> list[int]:
+    """What inference feeds: a chat template writes its own BOS, plain text gets the tokenizer's."""
+    return [*(tokenizer.bos if rendering.template == "plain" else []), *tokenizer.encode(text)]
 
 
 def _with_loss(examples: list[Example], loss: Loss) -> list[Example]:
@@ -263,7 +285,7 @@ def _render(
 
 
 def _render_plain(messages: list[dict[str, Any]], row: Row, *, prompt: bool) -> str:
-    if row.tools or sum(message["role"] == "assistant" for message in messages) > 1:
+    if row.tools or (not prompt and sum(message["role"] == "assistant" for message in messages) > 1):
         raise DataError(
             f"{row.where}: data.template=plain cannot render tools or several assistant turns",
             expected="one question and one answer per row",

@@ -29,13 +29,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peftkit.data.json_records import Numbered, json_objects, jsonl_objects
 from peftkit.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
-_LIST_KEYS = ("data", "rows", "train")
 _HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(:(?P<config>[^:/]+))??(:(?P<split>[^:/]+))?")
 Found = Iterator[tuple["Where", dict[str, Any]]]
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -127,111 +126,9 @@ def _decode(data: bytes, name: str) -> str:
         raise DataError(fact, expected="UTF-8", hint=hint) from error
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object and refuse a key given twice, of which Python would silently keep the last."""
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        twice = next(key for at, (key, _) in enumerate(pairs) if key in {earlier for earlier, _ in pairs[:at]})
-        raise ValueError(f"the key {twice!r} is given twice in one object")
-    return row
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs)
-
-
-def parse_json(text: str) -> Any:
-    """Parse one JSON value; raises ValueError (also for a key given twice) or RecursionError (nested too deep)."""
-    return _DECODER.decode(text)
-
-
-def _json(text: str, name: str) -> Found:
-    start = _skip(text, 0)
-    if text.startswith("[", start):
-        for index, (line, row) in enumerate(_elements(text, start, name)):
-            yield Where(name, line, index), _object(row, f"{name}:{line}")
-        return
-    whole, _ = _value(text, start, name) if start < len(text) else ({"rows": []}, 0)
-    keys = list(whole) if isinstance(whole, dict) else []
-    lists = [key for key in _LIST_KEYS if key in keys and isinstance(whole[key], list)]
-    if len(lists) != 1:
-        shown = f"{type(whole).__name__} (keys: {', '.join(keys[:8]) or 'none'})"
-        raise DataError(
-            f"{name}: starts with one {shown} in which {len(lists)} lists could be the rows",
-            expected=f"an array of rows, or an object with one list under {', '.join(_LIST_KEYS)}",
-            hint="where each line is an object, rename the file to .jsonl",
-        )
-    for index, row in enumerate(whole[lists[0]]):
-        where = Where(name, None, index)
-        yield where, _object(row, str(where))
-
-
-def _elements(text: str, at: int, name: str) -> Iterator[tuple[int, Any]]:
-    """Yield each element of the array that opens at `at` with the line it starts on."""
-    at, line, counted = _skip(text, at + 1), 1, 0
-    more = not text.startswith("]", at)
-    while more:
-        line, counted = line + text.count("\n", counted, at), at
-        value, at = _value(text, at, name)
-        yield line, value
-        at = _skip(text, at)
-        more = text.startswith(",", at)
-        if not more and not text.startswith("]", at):
-            raise _broken(text, at, name, "the array does not go on here", "',' or ']'")
-        at = _skip(text, at + 1) if more else at
-    at = _skip(text, at + 1)
-    if at < len(text):
-        raise _broken(text, at, name, "more text after the end of the array", "one array")
-
-
-def _skip(text: str, at: int) -> int:
-    space = _SPACE.match(text, at)
-    return space.end() if space else at
-
-
-def _value(text: str, at: int, name: str) -> tuple[Any, int]:
-    try:
-        return _DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        raise _broken(text, error.pos, name, error.msg, "a JSON value") from error
-    except (ValueError, RecursionError) as error:
-        raise _broken(text, at, name, str(error), "one JSON value that Python can hold") from error
-
-
-def _broken(text: str, at: int, name: str, why: str, expected: str) -> DataError:
-    cut = at >= len(text.rstrip()) or why.startswith("Unterminated")
-    ends = "; the file ends inside a value: was it cut off?" if cut else ""
-    place = f"{name}:{text.count(chr(10), 0, at) + 1}"
-    column = at - text.rfind("\n", 0, at)
-    return DataError(f"{place}: broken JSON at column {column}: {why}{ends}", expected=expected)
-
-
-def _object(row: Any, place: str) -> dict[str, Any]:
-    if isinstance(row, dict):
-        return row
-    raise DataError(f"{place}: a row is {type(row).__name__} ({row!r:.60})", expected="an object, {…}")
-
-
-def _jsonl(text: str, name: str) -> Found:
-    # split on \n only: str.splitlines would also cut at U+2028 and others, which JSON allows inside a string
-    lines, index = text.split("\n"), 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip(" \t\r"):
-            continue
-        if index == 0 and line.lstrip().startswith("["):
-            fact = f"{name}:{number}: starts with '[': an array"
-            raise DataError(fact, expected="an object on each line", hint="rename the file to .json")
-        try:
-            row = parse_json(line)
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
-            fact = "the last line is cut off or broken" if number == len(lines) else "broken JSON"
-            raise DataError(
-                f"{name}:{number}: {fact}: {reason}: {line.strip()!r:.80}",
-                expected="one whole JSON object on each line",
-                hint="fetch or write the file again: rows may be missing" if number == len(lines) else None,
-            ) from error
-        yield Where(name, number, index), _object(row, f"{name}:{number}")
-        index += 1
+def _json(text: str, name: str, objects: Callable[[str, str], Numbered] = json_objects) -> Found:
+    for index, (line, row) in enumerate(objects(text, name)):
+        yield Where(name, line, index), row
 
 
 def _csv(text: str, name: str, delimiter: str = ",") -> Found:
@@ -284,7 +181,7 @@ def _txt(text: str, name: str) -> Found:
 
 _PARSERS: dict[str, Callable[[str, str], Found]] = {
     ".json": _json,
-    ".jsonl": _jsonl,
+    ".jsonl": partial(_json, objects=jsonl_objects),
     ".csv": _csv,
     ".tsv": partial(_csv, delimiter="\t"),
     ".txt": _txt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -211,17 +212,21 @@ def compare(
     *,
     train_rows: Sequence[Row] = (),
     before: Measured | None = None,
+    prompted: tuple[Measured, ...] | None = None,
     report: Report = silent,
 ) -> Comparison:
-    """Measure base and adapter on the same rows; `before` reuses figures of the base taken earlier."""
+    """Measure base and adapter on the same rows; `before` and `prompted` reuse figures of the base taken earlier."""
     rows = [row for row in held.rows[: spec.max_generated_rows] if row.text is None]
     prompted_sets = _prompted(rows, train_rows, held.rendering, spec, backbone)
     plain: list[list[int]] | None = [] if prompted_sets else None
     before = before or measure(base, held, spec, backbone, prompts=plain, report=report)
-    prompted = tuple(
-        measure(Contestant(name, base.using), held, spec, backbone, likelihood=False, prompts=prompts, report=report)
-        for name, prompts in prompted_sets
-    )
+    if prompted is None:
+        prompted = tuple(
+            measure(
+                Contestant(name, base.using), held, spec, backbone, likelihood=False, prompts=prompts, report=report
+            )
+            for name, prompts in prompted_sets
+        )
     after = measure(adapter, held, spec, backbone, report=report)
     return Comparison(held, before, after, prompted, spec)
 
@@ -274,17 +279,18 @@ def _figures(measured: Measured, held: Held) -> dict[str, Any]:
     if measured.retention and held.text:
         figures["retention_nll"] = _interval(mean_nll(measured.retention, held.text.tokens))
     if measured.scores:
-        figures["score"] = {"metric": held.metric, **_without_invented(summarise(measured.scores))}
+        figures["score"] = {"metric": held.metric, **_without_invented(summarise(measured.scores), held)}
         figures["stopped"] = sum(answer.stopped for answer in measured.answers) / len(measured.answers)
     return figures
 
 
-def _without_invented(summary: dict[str, Any]) -> dict[str, Any]:
+def _without_invented(summary: dict[str, Any], held: Held) -> dict[str, Any]:
     """Fields that no reference has are counted, not named: a base may answer with a customer's words as a key."""
     fields = summary.get("fields")
     if not fields:
         return summary
-    known = {name: f for name, f in fields.items() if f["true_positive"] + f["false_negative"] + f["true_negative"] > 0}
+    asked = {name for row in held.rows for name in json.loads(reference(row))}
+    known = {name: figures for name, figures in fields.items() if name in asked}
     return {**summary, "fields": known, "invented_fields": len(fields) - len(known)}
 
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from peftkit.base.ref import read_config
 from peftkit.data.audit import DataSpec, encode, recorded_rendering
 from peftkit.data.formats import load_rows
 from peftkit.errors import DataError
-from peftkit.evaluation.held_out import Comparison, Contestant, Measured, compare, prepare
+from peftkit.evaluation.held_out import Comparison, Contestant, compare, prepare
 from peftkit.evaluation.spec import EvaluateSpec
 from peftkit.events import Report, silent
 from peftkit.registry.store import Version
@@ -23,6 +24,12 @@ def evaluate_attached(
 
     Raises DataError when versions were trained with different renderings: their figures would not be comparable.
     """
+    if spec.shots:
+        raise DataError(
+            f"evaluate.shots={spec.shots}, but solved examples come from training rows, and there are none here",
+            expected="evaluate.shots in a training run",
+            hint="put examples into evaluate.instructions",
+        )
     renderings = [recorded_rendering(v.manifest.recipe.config if v.manifest.recipe else {}) for v in versions]
     if any(rendering != renderings[0] for rendering in renderings):
         names = ", ".join(version.reference for version in versions)
@@ -35,14 +42,15 @@ def evaluate_attached(
         template_kwargs=dict(rendering.kwargs or {}),
     )
     source = load_rows(rows)
-    part = encode(source.rows, source, "held_out", host.backbone.tokenizer, settings, None)
+    limit = read_config(host.backbone.base.folder).get("max_position_embeddings")
+    part = encode(source.rows, source, "held_out", host.backbone.tokenizer, settings, limit)
     held = prepare(part, rendering, spec, host.backbone, report)
     base = Contestant("base", partial(host.using, None))
     comparisons: list[Comparison] = []
-    before: Measured | None = None
     for version in versions:
         contestant = Contestant(version.name, partial(host.using, version.name))
-        result = compare(base, contestant, held, spec, host.backbone, before=before, report=report)
-        before = result.base
-        comparisons.append(result)
+        first = comparisons[0] if comparisons else None
+        before, prompted = (first.base, first.prompted) if first else (None, None)
+        compared = compare(base, contestant, held, spec, host.backbone, before=before, prompted=prompted, report=report)
+        comparisons.append(compared)
     return comparisons

@@ -53,7 +53,7 @@ def load_text(source: str, tokenizer: Tokenizer, *, window: int = 256, limit: in
     passages = []
     for block in blocks:
         ids = tokenizer.encode(block)
-        passages += [ids[start : start + window] for start in range(0, len(ids), window)]
+        passages += [[*tokenizer.bos, *ids[start : start + window]] for start in range(0, len(ids), window)]
     passages = [ids for ids in passages if len(ids) > 1][:limit]
     if not passages:
         raise DataError(f"evaluate.retention={source} holds no text", expected="at least a few sentences")

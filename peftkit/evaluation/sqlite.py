@@ -6,18 +6,14 @@ come out the same on any machine with the same SQLite (steps, bytes, rows), neve
 
 from __future__ import annotations
 
-import itertools
-import math
 import re
 import sqlite3
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
 from peftkit.errors import DataError
-
-Cell = None | int | float | str | bytes
+from peftkit.evaluation.sql_rows import Cell, Rows, same_rows
+from peftkit.evaluation.sql_text import expansions, is_ordered
 
 QUERY_BYTES = 10_000
 QUERY_STEPS = 2_000_000
@@ -31,7 +27,7 @@ VALUE_BYTES = (4_096, 16_384)
 RESULT_ROWS = 10_000
 RESULT_BYTES = 16_000_000
 EXPANSIONS = 10_000
-"""Copies of WITH-clauses that a query may expand to (see `_expansions`)."""
+"""Copies of WITH-clauses that a query may expand to (see `sql_text.expansions`)."""
 STEPS_PER_TICK = 1_000
 
 # Allow-list: a function that a later SQLite adds stays out until someone has looked at it. Absent on purpose:
@@ -62,26 +58,7 @@ _ACTION_NAMES = """
 """
 ACTIONS: dict[int, str] = {getattr(sqlite3, f"SQLITE_{name}"): name.replace("_", " ") for name in _ACTION_NAMES.split()}
 
-HINTS = (("word", "not"), ("word", "materialized"))
-BEFORE_A_TABLE = frozenset([("word", "from"), ("word", "join"), ("word", "in"), ("mark", ","), ("mark", "(")])
-
 _WIDE = re.compile(r"%[^A-Za-z%]*(?:\*|[0-9]{4})")
-_TOKEN = re.compile(
-    r"""(?P<skip>[ \t\n\f\r]+|--[^\n]*|/\*.*?(?:\*/|\Z))
-      | (?P<quoted>'(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\])
-      | (?P<word>[A-Za-z_\x80-\U0010ffff][\w$\x80-\U0010ffff]*)
-      | (?P<number>\d[\w.]*)
-      | (?P<mark>.)""",
-    re.VERBOSE | re.DOTALL,
-)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a query gave: the number of columns (their names do not count) and the rows in SQLite's order."""
-
-    columns: int
-    rows: tuple[tuple[Cell, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -168,7 +145,7 @@ class Sandbox:
         size = len(query.encode("utf-8", "surrogatepass"))
         if size > QUERY_BYTES:
             return f"the query has {size} bytes, more than {QUERY_BYTES}"
-        if (copies := _expansions(query)) > EXPANSIONS:
+        if (copies := expansions(query)) > EXPANSIONS:
             return f"its WITH clauses may expand to {copies} copies, more than {EXPANSIONS}"
         self._refusal, self._ticks = None, QUERY_STEPS // STEPS_PER_TICK
         try:
@@ -267,53 +244,6 @@ class Sandbox:
         return sqlite3.SQLITE_DENY
 
 
-def same_rows(left: Rows, right: Rows, *, ordered: bool) -> bool:
-    """Whether two results hold the same rows, each as often, and in the same order if `ordered`.
-
-    NULL equals only NULL; a number equals no text and no blob; integers are equal exactly, and a real number equals
-    another number within a relative 1e-9 (sums come out in another order). Column names do not count.
-    """
-    if left.columns != right.columns or len(left.rows) != len(right.rows):
-        return False
-    labels = [_labels([*first, *second]) for first, second in zip(_columns_of(left), _columns_of(right), strict=True)]
-    rows: list[tuple[object, ...]] = list(zip(*labels, strict=True))
-    half = len(left.rows)
-    return rows[:half] == rows[half:] if ordered else Counter(rows[:half]) == Counter(rows[half:])
-
-
-def is_ordered(query: str) -> bool:
-    """Whether a query orders its own rows: an ORDER BY outside all parentheses."""
-    depth = 0
-    for previous, token in itertools.pairwise([("mark", ""), *_tokens(query)]):
-        if depth == 0 and previous == ("word", "order") and token == ("word", "by"):
-            return True
-        depth += (token == ("mark", "(")) - (token == ("mark", ")"))
-    return False
-
-
-def _columns_of(result: Rows) -> Iterator[list[Cell]]:
-    return ([row[index] for row in result.rows] for index in range(result.columns))
-
-
-def _labels(cells: list[Cell]) -> list[object]:
-    """A label per cell of one column, the same for cells that count as equal.
-
-    Numbers are sorted, and a run of neighbours within the tolerance that holds a real number shares a label: unlike
-    comparing rows in pairs, this gives one answer whatever the order of rows, in n log n. A run of integers alone is
-    compared exactly, or neighbouring 12-digit keys would be one.
-    """
-    numbers = sorted({cell for cell in cells if isinstance(cell, int | float)})
-    real = {cell for cell in cells if isinstance(cell, float)}
-    runs: list[list[int | float]] = []
-    for number in numbers:
-        if runs and math.isclose(number, runs[-1][-1], rel_tol=1e-9):
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    label = {number: run[0] if not real.isdisjoint(run) else number for run in runs for number in run}
-    return [("number", label[cell]) if isinstance(cell, int | float) else cell for cell in cells]
-
-
 def _value_limit(setup: str) -> int:
     """Bytes that one value may have: enough for what the setup can hold, little enough to keep each step cheap.
 
@@ -321,50 +251,3 @@ def _value_limit(setup: str) -> int:
     """
     least, greatest = VALUE_BYTES
     return min(max(least, len(setup.encode("utf-8", "surrogatepass"))), greatest)
-
-
-def _tokens(query: str) -> list[tuple[str, str]]:
-    """The tokens of a query without blanks and comments: (word | quoted | number | mark, text in lower case).
-
-    Quoted text loses its quotes: SQLite takes 'a', "a", `a`, [a] and a for the same table.
-    """
-    found = []
-    for match in _TOKEN.finditer(query):
-        kind, text = str(match.lastgroup), match.group().lower()
-        if kind == "quoted":
-            text = text[1:-1].replace(text[0] * 2, text[0])
-        if kind != "skip":
-            found.append((kind, text))
-    return found
-
-
-def _expansions(query: str) -> int:
-    """An upper bound on the copies of WITH clauses that SQLite makes when it prepares a query.
-
-    SQLite copies a common table expression at each place that names it, before any step is counted: eighteen of them,
-    each naming the one before twice, are 650 characters and 238 MiB, and each further one doubles it (measured, SQLite
-    3.40). The product over all definitions of the places that may name them is never below the true number.
-    """
-    tokens = [("mark", ""), *_tokens(query)]
-    defined = [name for index in range(len(tokens)) if (name := _defined_before(tokens, index)) is not None]
-    uses = Counter(
-        token[1]
-        for index, (previous, token) in enumerate(itertools.pairwise(tokens), start=1)
-        if token[0] in ("word", "quoted") and previous in BEFORE_A_TABLE and index not in defined
-    )
-    return math.prod(max(1, uses[tokens[index][1]]) for index in defined)
-
-
-def _defined_before(tokens: list[tuple[str, str]], index: int) -> int | None:
-    """Where the name stands if the token is the AS of `name [(columns)] AS [[NOT] MATERIALIZED] (`, else None."""
-    if tokens[index] != ("word", "as"):
-        return None
-    after = [token for token in tokens[index + 1 : index + 4] if token not in HINTS]
-    if after[:1] != [("mark", "(")]:
-        return None
-    name = index - 1
-    if tokens[name] == ("mark", ")"):
-        while name > 0 and tokens[name] != ("mark", "("):
-            name -= 1
-        name -= 1
-    return name if name > 0 and tokens[name][0] in ("word", "quoted") else None

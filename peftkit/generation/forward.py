@@ -58,17 +58,16 @@ def token_nll(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """
     targets = batch["labels"][:, 1:]
     wanted = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
-    nll = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
     if wanted.numel() == 0:
-        return nll
+        return torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if _can_keep_some_logits(model):
         logits = model(**inputs, use_cache=False, logits_to_keep=wanted).logits
     else:
         logits = model(**inputs, use_cache=False).logits[:, wanted]
-    kept = cross_entropy(
-        logits.float().flatten(0, 1), targets[:, wanted].flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    nll = torch.zeros(targets.shape, dtype=precise.dtype, device=targets.device)
+    kept = cross_entropy(precise.flatten(0, 1), targets[:, wanted].flatten(), ignore_index=IGNORED, reduction="none")
     # Out of place: autograd needs the graph from `kept` to the result.
     return nll.index_copy(1, wanted, kept.view(targets.shape[0], -1))
 

@@ -11,11 +11,11 @@ import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes
 
 # isort: split
 
+import copy
 import math
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,25 +27,16 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from peftkit.backbone.decide import optimizer
+from peftkit.backbone.quiet import quiet
 from peftkit.data.chat import Example
 from peftkit.data.rows import to_dataset
 from peftkit.errors import TrainingError
 from peftkit.events import Decision, Phase, Progress, Report, silent
 from peftkit.generation.forward import autocast
+from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step, StepResult
 from peftkit.tuning.inject import Tuned
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The rows of every optimizer step, decided before the first one."""
-
-    steps: tuple[tuple[int, ...], ...]
-    tokens: int
-
-    def __len__(self) -> int:
-        return len(self.steps)
 
 
 @dataclass(frozen=True)
@@ -66,34 +57,6 @@ class Trained:
         return self.tokens / self.seconds if self.seconds else math.nan
 
 
-def schedule(examples: Sequence[Example], spec: TrainSpec) -> Schedule:
-    """Which rows each step sees: seeded permutations one after another, cut by epochs, max_steps and max_tokens.
-
-    A step may span two epochs, so every step but the last is full and every row is seen equally often. Raises
-    TrainingError when not even one step fits.
-    """
-    size, generator = spec.rows_per_step, torch.Generator().manual_seed(spec.seed)
-    rows_wanted = spec.max_steps * size if spec.max_steps else max(1, round(len(examples) * spec.num_train_epochs))
-    order: list[int] = []
-    while len(order) < rows_wanted:
-        order += torch.randperm(len(examples), generator=generator).tolist()
-    steps: list[tuple[int, ...]] = []
-    tokens = 0
-    for start in range(0, rows_wanted, size):
-        rows = tuple(order[start : min(start + size, rows_wanted)])
-        cost = sum(len(examples[i].input_ids) for i in rows)
-        if spec.max_tokens and tokens + cost > spec.max_tokens:
-            break
-        steps.append(rows)
-        tokens += cost
-    if not steps:
-        raise TrainingError(
-            f"train.max_tokens={spec.max_tokens} is less than the first step of {size} rows",
-            hint="raise train.max_tokens or lower train.per_device_train_batch_size",
-        )
-    return Schedule(tuple(steps), tokens)
-
-
 def train(
     tuned: Tuned,
     examples: Sequence[Example],
@@ -109,13 +72,20 @@ def train(
     """
     _check(tuned, spec)
     plan = schedule(examples, spec)
-    trainer = StepTrainer(tuned, examples, plan, spec, folder, report, log)
-    report(Phase("train", len(plan)))
-    _reset_peak(tuned.backbone.device)
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
-    tuned.model.eval()
+    base = tuned.model.get_base_model()
+    configs = copy.deepcopy((base.config, base.generation_config))
+    try:
+        trainer = StepTrainer(tuned, examples, plan, spec, folder, report, log)
+        report(Phase("train", len(plan)))
+        _reset_peak(tuned.backbone.device)
+        started = time.perf_counter()
+        with quiet():
+            trainer.train()
+        seconds = time.perf_counter() - started
+    finally:  # Trainer writes use_cache and the tokenizer's special tokens into them
+        base.config.__dict__, base.generation_config.__dict__ = configs[0].__dict__, configs[1].__dict__
+        tuned.model.eval()
+    _check_finite(tuned)
     results = trainer.results
     return Trained(
         steps=len(results),
@@ -152,7 +122,7 @@ def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, o
         gradient_accumulation_steps=1,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.lr_scheduler_type,
-        warmup_steps=math.ceil(spec.warmup_ratio * len(plan)),
+        warmup_steps=int(spec.warmup_ratio * len(plan)),  # rounded down: the first warm-up step has a rate of 0
         optim=optim,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
@@ -199,10 +169,10 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         self.results: list[StepResult] = []
         base = tuned.model.get_base_model()
         own_forward = base.__dict__.get("forward")
-        dtypes = {name: parameter.dtype for name, parameter in tuned.model.named_parameters()}
+        # Values, not dtypes: a float32 that went through bfloat16 and back has lost 16 bits.
+        values = {name: parameter.detach().clone() for name, parameter in tuned.trainable.items()}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet():
                 super().__init__(
                     model=tuned.model,
                     args=sft_arguments(tuned, plan, spec, folder, decision.choice),
@@ -213,7 +183,8 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, most often
             reason = str(error).strip().splitlines()[0]
             raise TrainingError(f"the trainer cannot start: {reason}", hint="look at train.report_to") from error
-        _restore(tuned.model, dtypes, base, own_forward)
+        finally:
+            _restore(tuned, values, base, own_forward)
         self.remove_callback(PrinterCallback)
         self._clock = time.perf_counter()
 
@@ -272,11 +243,21 @@ class _ScheduledOrder(Sampler[int]):  # type: ignore[misc]
         return sum(len(step) for step in self.plan.steps)
 
 
-def _restore(model: Any, dtypes: dict[str, torch.dtype], base: Any, own_forward: Any) -> None:
-    """Undo what SFTTrainer's constructor did to the model: dtypes of trainable tensors, and the base's forward."""
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != dtypes[name]:
-            parameter.data = parameter.data.to(dtypes[name])
+def _check_finite(tuned: Tuned) -> None:
+    """The last loss was taken before the last update, and attention on a CPU turns NaN into 0 without a word."""
+    spoilt = [name for name, parameter in tuned.trainable.items() if not torch.isfinite(parameter).all()]
+    if spoilt:
+        raise TrainingError(
+            f"{len(spoilt)} of {len(tuned.trainable)} trained tensors hold NaN or infinite numbers, first {spoilt[0]}",
+            expected="finite numbers",
+            hint="lower train.learning_rate",
+        )
+
+
+def _restore(tuned: Tuned, values: dict[str, torch.Tensor], base: Any, own_forward: Any) -> None:
+    """Undo what SFTTrainer's constructor did to the model: trainable tensors, and the base's forward."""
+    for name, parameter in tuned.trainable.items():
+        parameter.data = values[name]
     if own_forward is None:
         base.__dict__.pop("forward", None)
     else:

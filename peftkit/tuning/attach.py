@@ -6,7 +6,7 @@ The base's bytes never change: adapters are added beside its layers, and detachi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -149,19 +149,28 @@ def attach(backbone: Backbone, *versions: Version, other_base: bool = False, rep
 
 
 def resume_adapter(
-    backbone: Backbone, version: Version, spec: AdapterSpec, *, other_base: bool = False, report: Report = silent
+    backbone: Backbone,
+    version: Version,
+    spec: AdapterSpec,
+    *,
+    asked: Collection[str] | None = None,
+    other_base: bool = False,
+    report: Report = silent,
 ) -> Tuned:
     """Load a version as trainable, to continue from it; it becomes the parent in the lineage.
 
-    Raises TuningError when `spec` asks for another adapter than the parent's: its shape is fixed by its tensors.
+    `asked` names the fields of `spec` that the user set; without it, those that differ from their default. Raises
+    TuningError when they ask for another adapter than the parent's: its shape is fixed by its tensors.
     """
     check_version(version)
     check_base(version, backbone, other_base=other_base, report=report)
     check_bare(backbone)
     recorded = version.manifest.adapter
     parent = AdapterSpec.model_validate({key: recorded[key] for key in AdapterSpec.model_fields if key in recorded})
-    asked = {key: value for key, value in spec.model_dump().items() if value != AdapterSpec.model_fields[key].default}
-    differ = {key: value for key, value in asked.items() if key != "seed" and getattr(parent, key) != value}
+    if asked is None:
+        asked = [key for key, field in AdapterSpec.model_fields.items() if getattr(spec, key) != field.default]
+    wanted = {key: getattr(spec, key) for key in asked if key != "seed"}
+    differ = {key: value for key, value in wanted.items() if getattr(parent, key) != value}
     if differ:
         raise TuningError(
             f"init_from={version.reference} has {', '.join(f'{key}={getattr(parent, key)}' for key in differ)}, "

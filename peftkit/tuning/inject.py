@@ -95,8 +95,10 @@ def save_adapter(tuned: Tuned, folder: Path) -> Path:
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = tuned.backbone.base.source
-    config["revision"] = tuned.backbone.base.revision
+    base = tuned.backbone.base
+    # An adapter travels; a path of this machine would mean nothing elsewhere, and tell where it was trained.
+    config["base_model_name_or_path"] = Path(base.source).name if base.kind in ("folder", "gguf") else base.source
+    config["revision"] = base.revision
     config["target_modules"] = _sorted(config.get("target_modules"))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return folder

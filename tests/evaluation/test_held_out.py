@@ -140,11 +140,12 @@ def test_figures_hold_no_text_of_any_row_and_samples_do(backbone: Backbone, rows
     assert all(set(sample) == names for sample in samples)
 
 
-def test_an_invented_field_name_is_text_too_and_stays_out_of_the_figures(rows: Any) -> None:
+@pytest.mark.parametrize("value", ["1", "null"])
+def test_an_invented_field_name_is_text_too_and_stays_out_of_the_figures(value: str, rows: Any) -> None:
     """An untrained base may answer `{"<the customer's words>": …}`: only fields of the references may be named."""
     part = rows([{"prompt": f"{SECRET}?", "completion": '{"city": "x"}'} for _ in range(2)])
     held = Held(part, DataSpec().rendering, None, "json_fields", "")
-    answer = f'{{"{SECRET} said": 1, "city": "x"}}'
+    answer = f'{{"{SECRET} said": {value}, "city": "x"}}'
     scores = [json_fields(answer, '{"city": "x"}', {}) for _ in part.rows]
     base = Measured("base", [1.0, 2.0], [], [Completion(answer, [5], True)] * 2, scores)
     text = json.dumps(Comparison(held, base, base, (), EvaluateSpec()).figures())

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftkit.errors import DataError
-from peftkit.evaluation import sqlite
+from peftkit.evaluation import sql_text, sqlite
 from peftkit.evaluation.sqlite import Rows, Sandbox, Verdict, is_ordered, judge, same_rows
 
 SETUP = (
@@ -268,7 +268,7 @@ def test_only_an_order_of_the_whole_query_counts(query, ordered):
     ],
 )
 def test_ordinary_with_clauses_are_far_from_the_bound(query):
-    assert sqlite._expansions(query) <= 30
+    assert sql_text.expansions(query) <= 30
     assert isinstance(ask(query), Rows)
 
 

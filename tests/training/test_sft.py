@@ -235,7 +235,7 @@ def test_labels_come_from_the_rows_alone(tuned: Make, rows: Rows, tmp_path: Path
         logits = model.model(input_ids=torch.tensor([examples[row].input_ids[:at]])).logits[0, -1]
         total = total + cross_entropy(logits, torch.tensor(label)) / len(planted)
     total.backward()
-    assert float(loss) == pytest.approx(float(total), rel=1e-5)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
     for name, parameter in model.trainable.items():
         assert float((found[name] - parameter.grad).norm() / parameter.grad.norm()) < 1e-5, name
 

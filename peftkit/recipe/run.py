@@ -1,32 +1,21 @@
-"""Recipes: find them, load them by path, copy them, run them; and the Run that hands a recipe its five verbs.
-
-A recipe is a file with a `Config` and a `main(cfg, run)`. It is loaded by path, so an installed recipe, a checkout and
-a user's edited copy behave the same.
-"""
+"""The Run that hands a recipe its five verbs: audit, plan, train, evaluate, publish."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import hashlib
-import importlib.util
-import inspect
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit import locations
-from peftkit.config import Resolved, Spec, resolve
+from peftkit.config import Resolved
 from peftkit.environment import environment
-from peftkit.errors import PeftkitError, RunError
-from peftkit.events import Event, Note, Progress, Report, Table, silent
-from peftkit.registry.layout import check_name
+from peftkit.errors import RunError
+from peftkit.events import Note, Report, Table, silent
+from peftkit.recipe.files import Recipe, default_name
 from peftkit.registry.manifest import Draft
 from peftkit.registry.store import Registry, Version
-from peftkit.render import duration, number, size
+from peftkit.render import duration, interval, number, size
 from peftkit.runs import RunFolder
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` does not need it
@@ -42,98 +31,16 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` d
     from peftkit.tuning.methods import AdapterSpec
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe file that was found and loaded."""
-
-    name: str
-    path: Path
-    config: type[Spec]
-    main: Any
-    presets: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def summary(self) -> str:
-        """The first line of the file's docstring."""
-        return (inspect.getdoc(sys.modules[self.main.__module__]) or "").split("\n", 1)[0]
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the file, for the manifest."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
-
-
 # Where a run keeps its trained adapter until the registry has it.
-_UNPUBLISHED = "adapter"
+UNPUBLISHED = "adapter"
 
 
 class Interrupted(RunError):
     """The user stopped a run; what was learned so far is in the run's folder."""
 
 
-class _PlannedOnly(Exception):
+class PlannedOnly(Exception):
     """Ends a dry run after its plan."""
-
-
-def recipes_folder() -> Path:
-    """Where the shipped recipes lie: inside the wheel, or beside the package in a checkout."""
-    inside = Path(__file__).with_name("_recipes")
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
-
-
-def shipped() -> dict[str, Path]:
-    """Shipped recipes by name."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.py"))}
-
-
-def find(name_or_path: str) -> Path:
-    """The file of a shipped recipe, or a user's own. Raises RunError naming what exists."""
-    path = Path(name_or_path)
-    if path.suffix == ".py" and path.is_file():
-        return path
-    known = shipped()
-    if name_or_path in known:
-        return known[name_or_path]
-    near = difflib.get_close_matches(path.stem, known, n=1)
-    raise RunError(
-        f"there is no recipe {name_or_path!r}",
-        expected="a .py file, or one of: " + ", ".join(known),
-        hint=f"did you mean {near[0]}?" if near else "peftkit recipes list",
-    )
-
-
-def load(path: Path) -> Recipe:
-    """Load a recipe file by its path. Raises RunError when it is not a recipe or does not import."""
-    name = f"peftkit_recipe_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise RunError(f"{path} cannot be loaded as Python", expected="a .py file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # pydantic resolves a Config's annotations through sys.modules
-    try:
-        spec.loader.exec_module(module)
-    except PeftkitError:
-        raise
-    except Exception as error:
-        raise RunError(f"{path} does not import: {type(error).__name__}: {error}", hint=f"python {path}") from error
-    config, main = getattr(module, "Config", None), getattr(module, "main", None)
-    if not (isinstance(config, type) and issubclass(config, Spec)) or not callable(main):
-        raise RunError(
-            f"{path} is not a recipe",
-            expected="a class Config(peftkit.Spec) and a function main(cfg, run)",
-            hint="start from a copy: peftkit recipes copy qlora_sft",
-        )
-    return Recipe(path.stem, path, config, main, getattr(module, "PRESETS", {}))
-
-
-def copy(name: str, target: Path) -> Path:
-    """Copy a shipped recipe to `target` (a file or a folder). Raises RunError rather than overwrite."""
-    source = find(name)
-    target = target / source.name if target.is_dir() else target
-    if target.exists():
-        raise RunError(f"{target} exists already", hint="choose another name, or remove it")
-    shutil.copyfile(source, target)
-    return target
 
 
 @dataclass
@@ -182,7 +89,10 @@ class Run:
         backbone: Backbone = load_backbone(base, quant, self.cache, report=self.report, located=self._located)
         if parent is not None:
             self.report(Note(f"continuing from {parent.reference}"))
-            tuned = resume_adapter(backbone, parent, adapter, report=self.report)
+            sources = self.resolved.sources.items()
+            asked = [key.removeprefix("adapter.") for key, source in sources if source != "default"]
+            asked = [key for key in asked if key in type(adapter).model_fields]
+            tuned = resume_adapter(backbone, parent, adapter, asked=asked, report=self.report)
         else:
             tuned = inject(backbone, adapter, report=self.report)
         steps = schedule(self._audited().train.examples, train)
@@ -199,7 +109,7 @@ class Run:
         )
         self.report(Table("plan", ("", ""), rows))
         if self.folder is None:
-            raise _PlannedOnly
+            raise PlannedOnly
         return tuned
 
     def train(self, tuned: Tuned, spec: TrainSpec) -> Trained:
@@ -223,7 +133,7 @@ class Run:
                 "training was interrupted; the adapter as it was is a PEFT checkpoint in " + str(kept),
                 hint=f"start again with: peftkit train {self.recipe.name} …",
             ) from None
-        save_adapter(tuned, folder.path / _UNPUBLISHED)  # whatever happens while measuring, the training is not lost
+        save_adapter(tuned, folder.path / UNPUBLISHED)  # whatever happens while measuring, the training is not lost
         self.figures["training"] = {**asdict(trained), "tokens_per_second": trained.tokens_per_second}
         rate, loss = trained.tokens_per_second, f"{trained.first_loss:.3f} → {trained.last_loss:.3f}"
         took = f"{trained.steps} steps in {duration(trained.seconds)}: {rate:.0f} tokens/s"
@@ -280,7 +190,7 @@ class Run:
                 "parents": list(tuned.parents),
             }
         )
-        payload = save_adapter(tuned, self._folder().path / _UNPUBLISHED)
+        payload = save_adapter(tuned, self._folder().path / UNPUBLISHED)
         self.saved = self.registry.publish(name, payload, draft)
         shutil.rmtree(payload)
         self.report(Note(f"saved as {self.saved.reference} in {self.saved.path}"))
@@ -303,7 +213,6 @@ class Run:
 def report_comparison(comparison: Comparison, report: Report) -> None:
     """Report a comparison the way every command shows it."""
     from peftkit.evaluation.held_out import COLUMNS
-    from peftkit.render import interval
 
     report(Table("held-out rows", COLUMNS, tuple(comparison.rows())))
     learned = comparison.learned
@@ -315,80 +224,3 @@ def report_comparison(comparison: Comparison, report: Report) -> None:
     if comparison.spec.group_by and comparison.adapter.scores:
         groups = tuple((name, n, f"{value:.2f}") for name, n, value in comparison.by_group(comparison.adapter))
         report(Table(f"adapter by {comparison.spec.group_by}", (comparison.spec.group_by, "rows", "score"), groups))
-
-
-def default_name(recipe: Recipe) -> str:
-    """The adapter name when save_as is not given."""
-    return recipe.name.replace("_", "-").lower()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run left behind."""
-
-    run_id: str | None
-    saved_as: str | None
-    figures: dict[str, Any]
-
-
-def execute(
-    recipe: Recipe,
-    resolved: Resolved[Any],
-    *,
-    registry: Path | None = None,
-    runs: Path | None = None,
-    report: Report = silent,
-    dry_run: bool = False,
-) -> Result:
-    """Run a recipe's main from a fresh run folder to its end, recording events and how it ended.
-
-    Raises what the recipe raises; Interrupted after Ctrl-C.
-    """
-    store = Registry(locations.registry_root(registry).path)
-    check_name(getattr(resolved.config, "save_as", None) or default_name(recipe))  # before hours of training, not after
-    cache = locations.cache_root().path
-    if dry_run:
-        run = Run(recipe, resolved, store, cache, None, report)
-        try:
-            recipe.main(resolved.config, run)
-        except _PlannedOnly:
-            report(Note("dry run: nothing was trained or written"))
-        return Result(None, None, {})
-    folder = RunFolder.create(locations.runs_root(runs).path, recipe.name, resolved.as_dict(), environment())
-    folder.notify = report
-
-    def recorded(event: Event) -> None:
-        if not isinstance(event, Progress):  # steps are in metrics.jsonl already
-            folder.record(event)
-        report(event)
-
-    run = Run(recipe, resolved, store, cache, folder, recorded)
-    recorded(Note(f"run {folder.id} in {folder.path}"))
-    try:
-        recipe.main(resolved.config, run)
-    except (KeyboardInterrupt, Interrupted) as error:
-        folder.finish("interrupted", error=str(error), figures=run.figures)
-        if isinstance(error, Interrupted):
-            raise
-        raise Interrupted(f"run {folder.id} was interrupted{_kept(folder)}") from None
-    except BaseException as error:
-        folder.finish("failed", error=f"{type(error).__name__}: {error}", figures=run.figures)
-        if _kept(folder):
-            report(Note(f"run {folder.id} failed after training{_kept(folder)}"))
-        raise
-    saved = run.saved.reference if run.saved else None
-    folder.finish("done", saved_as=saved, figures=run.figures)
-    return Result(folder.id, saved, run.figures)
-
-
-def _kept(folder: RunFolder) -> str:
-    """Where the trained adapter is when it was not published."""
-    adapter = folder.path / _UNPUBLISHED
-    return f"; the trained adapter is a PEFT checkpoint in {adapter}" if adapter.exists() else ""
-
-
-def configure(
-    recipe: Recipe, *, preset: str | None = None, files: Sequence[Path] = (), overrides: Sequence[str] = ()
-) -> Resolved[Any]:
-    """Resolve a recipe's settings from its presets, files and `key=value` overrides."""
-    return resolve(recipe.config, presets=recipe.presets, preset=preset, files=files, overrides=overrides)

@@ -1,0 +1,21 @@
+"""Recipes: runnable files, the Run that they use, and running them."""
+
+from peftkit.recipe.execute import Result, execute
+from peftkit.recipe.files import Recipe, configure, copy, default_name, find, load, recipes_folder, shipped
+from peftkit.recipe.run import Interrupted, Run, report_comparison
+
+__all__ = [
+    "Interrupted",
+    "Recipe",
+    "Result",
+    "Run",
+    "configure",
+    "copy",
+    "default_name",
+    "execute",
+    "find",
+    "load",
+    "recipes_folder",
+    "report_comparison",
+    "shipped",
+]
