@@ -1,4 +1,4 @@
-"""The turns of a conversation, as files hold them → messages in OpenAI's shape, with each thing wrong with them noted."""
+"""The turns of a conversation, as files hold them → messages in OpenAI's shape, and what is wrong with them."""
 
 from __future__ import annotations
 

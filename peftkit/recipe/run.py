@@ -65,11 +65,16 @@ class Run:
         from peftkit.base.ref import read_config
         from peftkit.base.tokenizer import load_tokenizer
         from peftkit.data.audit import audit
+        from peftkit.evaluation.preflight import preflight
+        from peftkit.evaluation.spec import EvaluateSpec
 
         self._located = locate(base, self.cache, self.report)
         tokenizer = load_tokenizer(self._located.folder)
         limit = read_config(self._located.folder).get("max_position_embeddings")
         self._data = audit(data, tokenizer, limit, self.report)
+        evaluate = getattr(self.resolved.config, "evaluate", None)
+        if isinstance(evaluate, EvaluateSpec):
+            preflight(evaluate, self._data.held_out.rows, tokenizer)
         return self._data
 
     def plan(
@@ -81,7 +86,7 @@ class Run:
         """
         from peftkit.backbone.load import load_backbone
         from peftkit.backbone.quantize import footprint
-        from peftkit.training.sft import schedule
+        from peftkit.training.schedule import schedule
         from peftkit.tuning.attach import resume_adapter
         from peftkit.tuning.inject import inject
 
