@@ -8,11 +8,11 @@ PeftkitError
 ├── BackboneError          a base cannot be loaded as asked (quantization, device, trust)
 ├── TuningError            layers cannot be injected, attached or swapped
 ├── TrainingError          a run cannot go on (non-finite loss, nothing to train)
+│   └── OutOfMemory        the device has no memory left for a step or an evaluation
 ├── RegistryError          the adapter store
 │   ├── AdapterNotFound    no such name, version or alias
 │   └── AdapterDamaged     bytes on disk differ from what the manifest promises
-├── RunError               a run folder cannot be created or read
-└── MissingExtra           an optional dependency is not installed
+└── RunError               a run folder cannot be created or read
 
 A message has three parts: the fact with its values, what was expected, and the command or edit that mends it.
 """
@@ -74,6 +74,10 @@ class TrainingError(PeftkitError):
     """A training run cannot start or cannot go on."""
 
 
+class OutOfMemory(TrainingError):
+    """The device has no memory left for a step or an evaluation."""
+
+
 class RegistryError(PeftkitError):
     """The adapter store cannot do what was asked."""
 
@@ -88,13 +92,3 @@ class AdapterDamaged(RegistryError):
 
 class RunError(PeftkitError):
     """A run folder cannot be created or read."""
-
-
-class MissingExtra(PeftkitError):
-    """An optional dependency is needed and not installed."""
-
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed",
-            hint=f"pip install 'peftkit[{extra}]'",
-        )

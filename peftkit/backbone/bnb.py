@@ -31,6 +31,7 @@ def _without_hub_kernels() -> Iterator[None]:
 
 with _without_hub_kernels():
     from bitsandbytes import functional
+    from bitsandbytes.autograd._functions import MatMul8bitFp
     from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 
-__all__ = ["Linear4bit", "Linear8bitLt", "Params4bit", "functional"]
+__all__ = ["Linear4bit", "Linear8bitLt", "MatMul8bitFp", "Params4bit", "functional"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftkit.backbone.bnb import Linear4bit, Linear8bitLt
+from peftkit.backbone.bnb import Linear4bit, Linear8bitLt, MatMul8bitFp
 
 
 class TrainingPathLinear8bit(Linear8bitLt):  # type: ignore[misc]
@@ -21,6 +21,17 @@ class TrainingPathLinear8bit(Linear8bitLt):  # type: ignore[misc]
         """Stay in training mode whatever is asked; an int8 layer has no dropout or statistics to switch."""
         super().train(True)
         return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x of shape (…, in) in a float dtype times the dequantized weight, on every device.
+
+        Upstream does this in training on a CPU only; elsewhere activations are quantized, rows depending on their
+        neighbours.
+        """
+        if self.weight.CB is not None:
+            self.init_8bit_state()
+        result: torch.Tensor = MatMul8bitFp.apply(x, self.weight, None, self.bias, self.state)
+        return result
 
     def init_8bit_state(self) -> None:
         """Take codes and scales over from the weight; keep those in the state where the weight has lost its scales.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from peftkit.backbone.spec import QuantSpec
 from peftkit.errors import BackboneError
@@ -42,6 +42,11 @@ def place(spec: QuantSpec) -> Placement:
     return Placement(device, compute, dtype, attention, decisions)
 
 
+def label(spec: QuantSpec, placement: Placement) -> str:
+    """What the weights are held in: `nf4+dq`, `int8`, or the dtype where nothing is quantized."""
+    return spec.label if spec.bits in (4, 8) else _name(placement.dtype)
+
+
 def optimizer(device: torch.device, quantized: bool) -> Decision:
     """The optimizer for adapters on this device: `choice` is transformers' name for it."""
     if device.type != "cuda":
@@ -62,7 +67,7 @@ def _device(spec: QuantSpec) -> tuple[torch.device, str]:
     if spec.device == "cpu" or not available:
         return torch.device("cpu"), "asked for" if spec.device == "cpu" else "torch sees no CUDA device"
     name, (major, minor) = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
-    return torch.device("cuda", torch.cuda.current_device()), f"{name}, SM {major}.{minor}"
+    return torch.device("cuda", 0), f"{name}, SM {major}.{minor}"
 
 
 def _compute_dtype(spec: QuantSpec, device: torch.device) -> tuple[torch.dtype, str]:
@@ -103,8 +108,8 @@ def _attention(spec: QuantSpec, device: torch.device, compute: torch.dtype) -> t
         return spec.attention, "asked for"
     if device.type != "cuda":
         return "sdpa", "torch's own kernel; flash_attention_2 needs CUDA"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "sdpa", "torch's own flash kernel; the package flash_attn is not installed"
+    if not is_flash_attn_2_available() or torch.cuda.get_device_capability(device) < (8, 0):
+        return "sdpa", "torch's own flash kernel; flash_attn is not installed, or the GPU is older than SM 8.0"
     if compute == torch.float32:
         return "sdpa", "flash_attention_2 needs 16-bit inputs"
     return "flash_attention_2", "flash_attn is installed and the inputs are 16-bit"

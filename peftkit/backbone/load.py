@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from peftkit.backbone.contain import contain_bitsandbytes, quantized_linears
-from peftkit.backbone.decide import Placement, place
+from peftkit.backbone.decide import Placement, label, place
 from peftkit.backbone.locate import locate
 from peftkit.backbone.quiet import quiet
 from peftkit.backbone.spec import QuantSpec
@@ -35,6 +35,11 @@ class Backbone:
     placement: Placement
 
     @property
+    def label(self) -> str:
+        """What the weights are held in: `nf4+dq`, `int8`, or the dtype where nothing is quantized."""
+        return label(self.quant, self.placement)
+
+    @property
     def device(self) -> torch.device:
         """Where the backbone computes."""
         return self.placement.device
@@ -42,7 +47,7 @@ class Backbone:
     def quantization_record(self) -> dict[str, Any]:
         """What an adapter's manifest says about the weights that it was trained on."""
         dtype = str(self.placement.compute_dtype).removeprefix("torch.")
-        record: dict[str, Any] = {"bits": self.quant.bits, "compute_dtype": dtype, "label": self.quant.label}
+        record: dict[str, Any] = {"bits": self.quant.bits, "compute_dtype": dtype, "label": self.label}
         if self.quant.bits == 4:
             record |= {"quant_type": self.quant.quant_type, "double_quant": self.quant.double_quant}
         return record
@@ -72,6 +77,8 @@ def load_backbone(
     for layer in quantized_linears(model).values():
         if hasattr(layer, "compute_dtype"):  # 4-bit uploads bring their own; what is printed here must hold
             layer.compute_dtype, layer.compute_type_is_set = placement.compute_dtype, True
+            if layer.bias is not None:  # upstream converts it in the first forward: the base would change
+                layer.bias.data = layer.bias.data.to(placement.compute_dtype)
     # A base's own sampling defaults (repetition penalty, temperature) would bend every answer, greedy ones too.
     model.generation_config = GenerationConfig(eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.pad_id)
     return Backbone(model, tokenizer, located, identity, quant, placement)
@@ -96,8 +103,8 @@ def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, pla
             f"{folder.name} in {quant.label} does not fit into the GPU's memory",
             hint="set quant.bits=4, or choose a smaller base",
         ) from error
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a hostile or broken config.json makes transformers raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackboneError(f"{folder} cannot be loaded in {quant.label}: {reason}") from error
     absent = sorted(info["missing_keys"])
     if absent:  # transformers fills them with random numbers
@@ -126,6 +133,8 @@ def _agree_with_upload(quant: QuantSpec, config: dict[str, Any], source: str) ->
     stored = config.get("quantization_config")
     if not stored:
         return quant
+    if not isinstance(stored, dict):
+        raise BackboneError(f"{source} has a quantization_config that is no object", expected="a JSON object")
     method = str(stored.get("quant_method", "unknown"))
     if method != "bitsandbytes":
         raise BackboneError(

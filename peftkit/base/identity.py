@@ -79,6 +79,9 @@ def chat_template(folder: Path) -> str | None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a base, in name order. Raises BaseError when there are none (pickles are refused)."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return _indexed(index)
     files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
     if files:
         return files
@@ -90,6 +93,20 @@ def weight_files(folder: Path) -> list[Path]:
             hint="convert them in a sandbox with transformers: save_pretrained(..., safe_serialization=True)",
         )
     raise BaseError(f"{folder} holds no weights", expected="at least one .safetensors file")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that the index names and transformers loads; nothing outside the folder."""
+    names = sorted({str(name) for name in dict(_json_file(index).get("weight_map") or {}).values()})
+    outside = [name for name in names if Path(name).name != name]
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if outside or missing or not names:
+        raise BaseError(
+            f"{index} names {(outside or missing or ['no file'])[0]}, which is not in this folder",
+            expected="safetensors files beside the index",
+            hint="fetch the base again",
+        )
+    return [index.parent / name for name in names]
 
 
 def tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:

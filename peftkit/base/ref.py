@@ -106,7 +106,12 @@ def snapshot(ref: BaseRef) -> Path:
     from huggingface_hub import snapshot_download  # 0.3 s of start-up that `--help` does not need
 
     try:
-        return Path(snapshot_download(ref.source, revision=ref.revision, allow_patterns=HUB_FILES))
+        # Some uploads repeat the weights in other formats: consolidated.safetensors, original/, metal/.
+        return Path(
+            snapshot_download(
+                ref.source, revision=ref.revision, allow_patterns=HUB_FILES, ignore_patterns=["consolidated*", "*/*"]
+            )
+        )
     except Exception as error:  # the Hub client raises a dozen unrelated types for "cannot be had"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(
@@ -123,13 +128,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         what = "adapter_config.json" if (folder / "adapter_config.json").exists() else None
-        hint = "this is an adapter, not a base: use init_from=NAME after `peftkit import`" if what else None
+        hint = "this is an adapter; give the base that its base_model_name_or_path names" if what else None
         raise BaseError(f"{folder} has no config.json", expected="a model folder", hint=hint) from None
     except (OSError, ValueError) as error:
         raise BaseError(f"{path} cannot be read: {error}", expected="a JSON file") from None
     if not isinstance(config, dict):
         raise BaseError(f"{path} holds {type(config).__name__}", expected="a JSON object")
     return config
+
+
+def longest_sequence(config: dict[str, Any]) -> int | None:
+    """How many tokens a base can read, from config.json; None when it does not say."""
+    inner = config.get("text_config")
+    for source in (config, inner if isinstance(inner, dict) else {}):
+        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+            value = source.get(name)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
 
 
 class LocatedBase(Spec):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ class Tokenizer:
     pad_id: int
     """Fills short rows; always masked by the attention mask, so it may equal a stop token."""
 
-    @property
+    @cached_property
     def control(self) -> list[str]:
         """Tokens that steer a conversation and never belong into a message's text."""
         added = [token.content for token in self.hf.added_tokens_decoder.values() if token.special]
         return [token for token in dict.fromkeys([*self.hf.all_special_tokens, *added]) if token.strip()]
 
-    @property
+    @cached_property
     def bos(self) -> list[int]:
         """What the tokenizer puts before plain text: its BOS token, or nothing. Chat templates write their own."""
         ids = self.hf.encode("a", add_special_tokens=True)

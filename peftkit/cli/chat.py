@@ -36,10 +36,9 @@ def chat(
     from peftkit.generation.engine import Sampling
     from peftkit.tuning.attach import open_adapters
 
-    with Reporter(as_json=as_json) as report:
-        quiet = (lambda event: None) if prompt is not None else report
+    with Reporter(as_json=as_json, warnings_only=prompt is not None) as report:
         host = open_adapters(
-            versions, locations.cache_root().path, base=base, bits=bits, other_base=other_base, report=quiet
+            versions, locations.cache_root().path, base=base, bits=bits, other_base=other_base, report=report
         )
     session = _Session(host, versions, system, max_new_tokens, Sampling(temperature=temperature))
     if prompt is not None:

@@ -16,13 +16,27 @@ from peftkit import events, render
 _PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
+# Data, answers and manifests may hold escape sequences that would steer the terminal.
+_CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console that changes no text: no markup, no emoji codes, no wrapping."""
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+
+def harmless(text: str) -> str:
+    """Text without control characters, line ends and tabs apart."""
+    return text.translate(_CONTROL)
+
+
 class Reporter:
     """A `Report` for people: decisions with reasons, tables, warnings, one moving progress line."""
 
-    def __init__(self, *, as_json: bool = False) -> None:
-        self.as_json = as_json
-        # With --json, stdout carries the result alone; what happens on the way goes to stderr.
-        self.console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    def __init__(self, *, as_json: bool = False, warnings_only: bool = False) -> None:
+        self.as_json, self.warnings_only = as_json, warnings_only
+        # With --json or a single answer, stdout carries the result alone; what happens on the way goes to stderr.
+        self.console = console(stderr=as_json or warnings_only)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._phase = events.Phase("")
@@ -39,6 +53,8 @@ class Reporter:
 
     def __call__(self, event: events.Event) -> None:
         """Show one event."""
+        if self.warnings_only and not isinstance(event, events.Warned):
+            return
         if self.as_json:
             sys.stderr.write(json.dumps(event.as_record(), default=str) + "\n")
             return
@@ -58,7 +74,7 @@ class Reporter:
                 self._line(f"\n{event.title}\n{_table(event)}\n")
 
     def _line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(harmless(text), markup=False)
 
     def _begin(self, phase: events.Phase) -> None:
         self._stop()
@@ -119,6 +135,8 @@ def show_interval(stored: dict[str, float | None]) -> str:
 
 def show(value: Any, *, as_json: bool, text: str) -> None:
     """Print a command's result: JSON for programs, text for people."""
-    Console(highlight=False, soft_wrap=True).print(
-        json.dumps(value, indent=2, default=str, ensure_ascii=False) if as_json else text, markup=False
-    )
+    if as_json:  # for programs: nothing may be replaced or wrapped
+        sys.stdout.write(json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
+        sys.stdout.flush()
+    else:
+        console().print(harmless(text), markup=False)

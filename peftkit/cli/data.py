@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from peftkit import locations
-from peftkit.base.ref import BaseSpec, read_config
-from peftkit.cli.console import Reporter, show
+from peftkit.base.ref import BaseSpec, longest_sequence, read_config
+from peftkit.cli.console import Reporter, console, harmless, show
 from peftkit.cli.options import AsJson
 
 app = typer.Typer(help="Look at rows the way training will see them.", no_args_is_help=True, rich_markup_mode=None)
@@ -34,7 +33,8 @@ def check(source: Source, settings: Settings = None, base: BaseName = EMBEDDED, 
     result = audit(spec, tokenizer, limit, report)
     value: dict[str, Any] = {"train": result.train.record(), "held_out": result.held_out.record()}
     value["overlap"] = result.overlap
-    show(value, as_json=as_json, text="every row can be used" if not result.train.dropped else "some rows are left out")
+    changed = any(part.dropped or part.truncated for part in (result.train, result.held_out))
+    show(value, as_json=as_json, text="some rows are left out or cut" if changed else "every row can be used")
 
 
 @app.command()
@@ -64,17 +64,16 @@ def preview(
         ]
         show(value, as_json=True, text="")
         return
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     for example in part.examples:
-        console.print(
-            f"── {example.where}: {len(example.input_ids)} tokens, {example.answer_tokens} learned", markup=False
-        )
+        out.print(f"── {example.where}: {len(example.input_ids)} tokens, {example.answer_tokens} learned", markup=False)
         for text, learned in segments(example, tokenizer):
-            if console.is_terminal:
-                console.print(Text(text, style="bold green" if learned else "dim"), end="")
+            text = harmless(text)
+            if out.is_terminal:
+                out.print(Text(text, style="bold green" if learned else "dim"), end="")
             else:
-                console.print(f"⟦{text}⟧" if learned else text, end="", markup=False)
-        console.print()
+                out.print(f"⟦{text}⟧" if learned else text, end="", markup=False)
+        out.print()
 
 
 def _prepare(
@@ -88,4 +87,4 @@ def _prepare(
     spec = resolve(DataSpec, overrides=[f"train={source}", *(settings or [])]).config
     report = Reporter(as_json=as_json)
     located = locate(BaseSpec(source=base), locations.cache_root().path, report)
-    return spec, load_tokenizer(located.folder), read_config(located.folder).get("max_position_embeddings"), report
+    return spec, load_tokenizer(located.folder), longest_sequence(read_config(located.folder)), report

@@ -16,10 +16,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
-from rich.console import Console
 
 import peftkit
 from peftkit.cli import adapters, base, chat, data, doctor, evaluate, recipes, runs, train
+from peftkit.cli.console import console, harmless
 from peftkit.errors import PeftkitError
 from peftkit.recipe import Interrupted
 
@@ -51,7 +51,7 @@ _ClickError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 
 def _version(value: bool) -> None:
     if value:
-        Console(highlight=False).print(f"peftkit {peftkit.__version__}")
+        console().print(f"peftkit {peftkit.__version__}")
         raise typer.Exit
 
 
@@ -94,6 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" ({error.filename})" if error.filename else ""
         _print_error(f"{error.strerror or error}{where}")
         return 1
+    except Exception as error:
+        if debug:
+            raise
+        what = str(error).strip() or "no message"
+        _print_error(
+            f"{type(error).__name__}: {what}\n  this is a bug in peftkit; --debug shows where, please report it"
+        )
+        return 1
 
 
 def run_recipe(path: str) -> int:
@@ -107,7 +115,7 @@ def run() -> None:
 
 
 def _print_error(text: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"peftkit: {text}", markup=False)
+    console(stderr=True).print(harmless(f"peftkit: {text}"), markup=False)
 
 
 def _terminate_like_ctrl_c() -> None:

@@ -149,8 +149,14 @@ def encode(
     dropped: dict[str, None] = {}
     truncated: dict[str, None] = {}
     too_long: dict[str, int] = {}
+    refused: list[DataError] = []
     for index, row in enumerate(rows):
-        for example in encode_row(row, index, tokenizer, spec.rendering):
+        try:
+            encoded = encode_row(row, index, tokenizer, spec.rendering)
+        except DataError as error:
+            refused.append(error)
+            continue
+        for example in encoded:
             kept: Example | None = example
             if length is not None and len(example.input_ids) > length:
                 too_long[example.where] = max(len(example.input_ids), too_long.get(example.where, 0))
@@ -161,6 +167,8 @@ def encode(
             if kept is not example:
                 truncated[example.where] = None
             examples.append(kept)
+    if refused:
+        _refuse(refused, len(rows), role)
     if too_long and spec.too_long == "raise":
         raise DataError(
             f"{len(too_long)} of {len(rows)} {role} rows are longer than {length} tokens: "
@@ -171,6 +179,16 @@ def encode(
     if not examples:
         raise DataError(f"no {role} row of {source.source} is left to use", expected="at least one row with an answer")
     return Part(role, source.source, source.sha256, tuple(rows), tuple(examples), tuple(dropped), tuple(truncated))
+
+
+def _refuse(errors: list[DataError], rows: int, role: str) -> None:
+    """Raise one error for all rows that cannot be rendered; one alone is raised as it is."""
+    if len(errors) == 1:
+        raise errors[0]
+    listed = "".join(f"\n- {error.fact}" for error in errors[:20])
+    more = f"\n- and {len(errors) - 20} more" if len(errors) > 20 else ""
+    fact = f"{len(errors)} of {rows} {role} rows cannot be used:{listed}{more}"
+    raise DataError(fact, expected=errors[0].expected, hint=errors[0].hint)
 
 
 def _cut(example: Example, length: int) -> Example:
@@ -209,7 +227,12 @@ def _report_losses(part: Part, length: int | None, report: Report) -> None:
             )
         )
     if part.dropped:
-        report(Warned(f"{len(part.dropped)} {part.role} rows are left out: {_some(part.dropped)}", "data.max_length"))
+        report(
+            Warned(
+                f"{len(part.dropped)} {part.role} rows are left out: {_some(part.dropped)}",
+                "set data.max_length higher",
+            )
+        )
     added = sum(example.stop_added for example in part.examples)
     if added:
         report(Warned(f"the template ends no turn, so the end-of-sequence token was added to {added} {part.role} rows"))

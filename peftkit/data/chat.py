@@ -11,6 +11,7 @@ one example per answer, each with the prompt that inference would use.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -267,6 +268,13 @@ def _render(
             hint="data.template=plain",
         )
     variables = {**(rendering.kwargs or {}), **row.chat_template_kwargs}
+    reserved = sorted(variables.keys() & inspect.signature(tokenizer.hf.apply_chat_template).parameters.keys())
+    if reserved:
+        raise DataError(
+            f"{row.where}: the template variable {reserved[0]!r} is an argument of the renderer itself",
+            expected="variables that the template reads, such as enable_thinking",
+            hint="remove it from chat_template_kwargs or data.template_kwargs",
+        )
     try:
         text = tokenizer.hf.apply_chat_template(
             messages,

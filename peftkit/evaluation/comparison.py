@@ -92,8 +92,12 @@ class Comparison:
             other["score_change"] = _interval(gained)
         other |= {measured.name: _figures(measured, self.held) for measured in self.prompted}
         if self.spec.group_by and self.adapter.scores:
+            # How the groups are called stays in the run folder: a column may hold names of people.
+            values = sorted(value for _, _, value in self.by_group(self.adapter))
             other["by_" + self.spec.group_by] = {
-                group: {"rows": n, "score": value} for group, n, value in self.by_group(self.adapter)
+                "groups": len(values),
+                "lowest": values[0],
+                "median": values[len(values) // 2],
             }
         return {"before": _figures(self.base, self.held), "after": _figures(self.adapter, self.held), "other": other}
 
@@ -144,17 +148,20 @@ def _figures(measured: Measured, held: Held) -> dict[str, Any]:
     if measured.retention and held.text:
         figures["retention_nll"] = _interval(mean_nll(measured.retention, held.text.tokens))
     if measured.scores:
-        figures["score"] = {"metric": held.metric, **_without_invented(summarise(measured.scores), held)}
+        figures["score"] = {
+            "metric": held.metric,
+            **_without_invented(summarise(measured.scores), held.rows[: len(measured.scores)]),
+        }
         figures["stopped"] = sum(answer.stopped for answer in measured.answers) / len(measured.answers)
     return figures
 
 
-def _without_invented(summary: dict[str, Any], held: Held) -> dict[str, Any]:
+def _without_invented(summary: dict[str, Any], rows: list[Row]) -> dict[str, Any]:
     """Fields that no reference has are counted, not named: a base may answer with a customer's words as a key."""
     fields = summary.get("fields")
     if not fields:
         return summary
-    asked = {name for row in held.rows for name in json.loads(reference(row))}
+    asked = {name for row in rows for name in json.loads(reference(row))}
     known = {name: figures for name, figures in fields.items() if name in asked}
     return {**summary, "fields": known, "invented_fields": len(fields) - len(known)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,25 @@ def preflight(spec: EvaluateSpec, rows: Sequence[Row], tokenizer: Tokenizer) -> 
     if spec.retention:
         load_text(spec.retention, tokenizer, limit=1)
     read_instructions(spec.instructions)
+    if spec.metric == "json_fields":
+        for row in rows[: spec.max_generated_rows]:
+            _check_json(row)
     if spec.metric == "sql_execution":
         check_column("setup", rows, "evaluate.metric=sql_execution needs it")
+
+
+def _check_json(row: Row) -> None:
+    answer = str(row.messages[-1].get("content") or "") if row.messages else ""
+    try:
+        fine = isinstance(json.loads(answer), dict)
+    except ValueError:
+        fine = False
+    if not fine:
+        raise DataError(
+            f"{row.where}: the answer is no JSON object, and evaluate.metric=json_fields compares fields",
+            expected='an answer such as {"product": "lamp"}',
+            hint="remove evaluate.metric, or choose exact_match",
+        )
 
 
 def check_column(column: str, rows: Sequence[Row], why: str | None = None) -> None:

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from peftkit.base.ref import read_config
+from peftkit.base.ref import longest_sequence, read_config
 from peftkit.data.audit import DataSpec, encode, recorded_rendering
 from peftkit.data.formats import load_rows
 from peftkit.errors import DataError
 from peftkit.evaluation.held_out import Comparison, Contestant, compare, prepare
+from peftkit.evaluation.preflight import preflight
 from peftkit.evaluation.spec import EvaluateSpec
 from peftkit.events import Report, silent
 from peftkit.registry.store import Version
-from peftkit.tuning.attach import Attached
+from peftkit.tuning.attach import Attached, names_for
 
 
 def evaluate_attached(
@@ -42,13 +43,14 @@ def evaluate_attached(
         template_kwargs=dict(rendering.kwargs or {}),
     )
     source = load_rows(rows)
-    limit = read_config(host.backbone.base.folder).get("max_position_embeddings")
+    limit = longest_sequence(read_config(host.backbone.base.folder))
     part = encode(source.rows, source, "held_out", host.backbone.tokenizer, settings, limit)
+    preflight(spec, part.rows, host.backbone.tokenizer)
     held = prepare(part, rendering, spec, host.backbone, report)
     base = Contestant("base", partial(host.using, None))
     comparisons: list[Comparison] = []
-    for version in versions:
-        contestant = Contestant(version.name, partial(host.using, version.name))
+    for name in names_for(versions):
+        contestant = Contestant(name, partial(host.using, name))
         first = comparisons[0] if comparisons else None
         before, prompted = (first.base, first.prompted) if first else (None, None)
         compared = compare(base, contestant, held, spec, host.backbone, before=before, prompted=prompted, report=report)

@@ -56,13 +56,15 @@ def generate(
     answers: list[Completion | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     done = 0
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        ids = _generate_batch(model, [prompts[i] for i in indices], tokenizer, device, max_new_tokens, chosen)
-        for index, row in zip(indices, ids, strict=True):
-            answers[index] = _completion(row, tokenizer)
-        done += len(indices)
-        progress(done)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(chosen.seed)
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            ids = _generate_batch(model, [prompts[i] for i in indices], tokenizer, device, max_new_tokens, chosen)
+            for index, row in zip(indices, ids, strict=True):
+                answers[index] = _completion(row, tokenizer)
+            done += len(indices)
+            progress(done)
     return [answer for answer in answers if answer is not None]
 
 
@@ -85,8 +87,7 @@ def _generate_batch(
         ids[i, longest - rest :], mask[i, longest - rest :] = torch.tensor(prompt[shared:], dtype=torch.long), 1
     ids, mask = ids.to(device), mask.to(device)
     options: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    with torch.inference_mode(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(sampling.seed)
+    with torch.inference_mode():
         if shared:
             options["past_key_values"] = _prefix_cache(model, ids[:1, :shared], len(prompts))
         out = model.generate(**options, generation_config=_generation_config(tokenizer, max_new_tokens, sampling))

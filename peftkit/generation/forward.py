@@ -15,6 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from peftkit.data.chat import IGNORED
 
+# Evaluation must not need more memory than training: 16 rows of 256 tokens over a vocabulary of 150,000 would be 6 GB.
+LOGITS_BYTES = 1 << 30
+_BYTES_PER_LOGIT = 10  # 16-bit logits, their float32 copy, and its log-softmax
+
 
 class Labelled(Protocol):
     """A row with ids and labels, such as `data.chat.Example`."""
@@ -84,12 +88,23 @@ def row_nll(
     """Summed answer NLL of every row in nats, in the order of `rows`."""
     sums = [0.0] * len(rows)
     with torch.inference_mode():
-        for indices in by_length(rows, batch_size):
+        for indices in _bounded(by_length(rows, batch_size), rows, model):
             batch = pad([rows[i] for i in indices], pad_id, device)
             values = token_nll(model, batch).double().sum(dim=1).tolist()
             for index, value in zip(indices, values, strict=True):
                 sums[index] = value
     return sums
+
+
+def _bounded(batches: list[list[int]], rows: Sequence[Labelled], model: Any) -> list[list[int]]:
+    """Split batches whose logits would pass LOGITS_BYTES; a single row is never split."""
+    vocabulary = model.config.get_text_config().vocab_size
+    bounded = []
+    for batch in batches:
+        longest = max(len(rows[i].input_ids) for i in batch)
+        size = max(1, LOGITS_BYTES // (longest * vocabulary * _BYTES_PER_LOGIT))
+        bounded += [batch[start : start + size] for start in range(0, len(batch), size)]
+    return bounded
 
 
 def _can_keep_some_logits(model: Any) -> bool:

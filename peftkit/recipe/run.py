@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkit.config import Resolved
 from peftkit.environment import environment
-from peftkit.errors import RunError
+from peftkit.errors import OutOfMemory, RunError
 from peftkit.events import Note, Report, Table, silent
 from peftkit.recipe.files import Recipe, default_name
 from peftkit.registry.manifest import Draft
@@ -62,7 +63,7 @@ class Run:
     def audit(self, base: BaseSpec, data: DataSpec) -> Audit:
         """Read, render, check and count the rows before anything else costs time."""
         from peftkit.backbone.locate import locate
-        from peftkit.base.ref import read_config
+        from peftkit.base.ref import longest_sequence, read_config
         from peftkit.base.tokenizer import load_tokenizer
         from peftkit.data.audit import audit
         from peftkit.evaluation.preflight import preflight
@@ -70,7 +71,7 @@ class Run:
 
         self._located = locate(base, self.cache, self.report)
         tokenizer = load_tokenizer(self._located.folder)
-        limit = read_config(self._located.folder).get("max_position_embeddings")
+        limit = longest_sequence(read_config(self._located.folder))
         self._data = audit(data, tokenizer, limit, self.report)
         evaluate = getattr(self.resolved.config, "evaluate", None)
         if isinstance(evaluate, EvaluateSpec):
@@ -132,6 +133,9 @@ class Run:
                 report=self.report,
                 log=folder.log_metrics,
             )
+        except OutOfMemory:
+            save_adapter(tuned, folder.path / UNPUBLISHED)  # the steps before this one are not lost
+            raise
         except KeyboardInterrupt:
             kept = save_adapter(tuned, folder.path / "interrupted")
             raise Interrupted(
@@ -147,22 +151,32 @@ class Run:
 
     def evaluate(self, tuned: Tuned, spec: EvaluateSpec) -> Comparison:
         """Measure the base and the adapter on the held-out rows and on general text."""
+        import torch
+
         from peftkit.evaluation import held_out
 
         data, backbone = self._audited(), tuned.backbone
         held = held_out.prepare(data.held_out, data.rendering, spec, backbone, self.report)
-        comparison = held_out.compare(
-            held_out.Contestant("base", tuned.as_base),
-            held_out.Contestant("adapter", lambda: contextlib.nullcontext(tuned.model)),
-            held,
-            spec,
-            backbone,
-            train_rows=data.train.rows,
-            report=self.report,
-        )
+        try:
+            comparison = held_out.compare(
+                held_out.Contestant("base", tuned.as_base),
+                held_out.Contestant("adapter", lambda: contextlib.nullcontext(tuned.model)),
+                held,
+                spec,
+                backbone,
+                train_rows=data.train.rows,
+                report=self.report,
+            )
+        except torch.OutOfMemoryError as error:
+            fact = f"the device ran out of memory while measuring {spec.batch_size} rows at once"
+            raise OutOfMemory(fact, hint="lower evaluate.batch_size") from error
         report_comparison(comparison, self.report)
         self.figures["evaluation"] = comparison.figures()
         self._folder().write_json("samples.json", comparison.samples())
+        if spec.group_by and comparison.adapter.scores:
+            columns = ("group", "rows", "score")
+            groups = [dict(zip(columns, group, strict=True)) for group in comparison.by_group(comparison.adapter)]
+            self._folder().write_json("groups.json", groups)
         return comparison
 
     def publish(self, tuned: Tuned, comparison: Comparison, save_as: str | None = None) -> Version:
@@ -187,7 +201,7 @@ class Run:
                 "recipe": {
                     "name": self.recipe.name,
                     "sha256": self.recipe.sha256,
-                    "config": self.resolved.as_dict(),
+                    "config": _without_paths(self.resolved.as_dict()),
                 },
                 "data": records,
                 "environment": environment(),
@@ -213,6 +227,17 @@ class Run:
         if self.folder is None:
             raise RunError("a dry run has no folder", expected="nothing after run.plan in a dry run")
         return self.folder
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings as the registry keeps them: file names without their folders, instructions as a digest."""
+    data, evaluate = dict(config.get("data") or {}), dict(config.get("evaluate") or {})
+    for group, key in ((data, "train"), (data, "held_out"), (evaluate, "retention")):
+        if isinstance(group.get(key), str):
+            group[key] = Path(group[key]).name
+    if evaluate.get("instructions"):
+        evaluate["instructions"] = "sha256:" + hashlib.sha256(str(evaluate["instructions"]).encode()).hexdigest()
+    return {**config, **({"data": data} if data else {}), **({"evaluate": evaluate} if evaluate else {})}
 
 
 def report_comparison(comparison: Comparison, report: Report) -> None:

@@ -30,7 +30,7 @@ from peftkit.backbone.decide import optimizer
 from peftkit.backbone.quiet import quiet
 from peftkit.data.chat import Example
 from peftkit.data.rows import to_dataset
-from peftkit.errors import TrainingError
+from peftkit.errors import OutOfMemory, TrainingError
 from peftkit.events import Decision, Phase, Progress, Report, silent
 from peftkit.generation.forward import autocast
 from peftkit.training.schedule import Schedule, schedule
@@ -79,11 +79,17 @@ def train(
         report(Phase("train", len(plan)))
         _reset_peak(tuned.backbone.device)
         started = time.perf_counter()
-        with quiet():
-            trainer.train()
+        try:
+            with quiet():
+                trainer.train()
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(trainer, spec) from error
         seconds = time.perf_counter() - started
     finally:  # Trainer writes use_cache and the tokenizer's special tokens into them
         base.config.__dict__, base.generation_config.__dict__ = configs[0].__dict__, configs[1].__dict__
+        if spec.gradient_checkpointing:
+            base.gradient_checkpointing_disable()
+            base.disable_input_require_grads()
         tuned.model.eval()
     _check_finite(tuned)
     results = trainer.results
@@ -95,6 +101,22 @@ def train(
         first_loss=results[0].loss,
         last_loss=results[-1].loss,
         peak_bytes=peak_bytes(tuned.backbone.device),
+    )
+
+
+def _out_of_memory(trainer: StepTrainer, spec: TrainSpec) -> OutOfMemory:
+    done = len(trainer.results)
+    rows = trainer.plan.steps[min(done, len(trainer.plan) - 1)]
+    longest = max(len(trainer.examples[row].input_ids) for row in rows)
+    mends = ["lower data.max_length"]
+    if not spec.gradient_checkpointing:
+        mends.insert(0, "set train.gradient_checkpointing=true")
+    if spec.per_device_train_batch_size > 1:
+        mends.insert(0, "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps")
+    return OutOfMemory(
+        f"the device ran out of memory in step {done + 1} of {len(trainer.plan)}, longest row {longest} tokens",
+        expected=f"room for {spec.per_device_train_batch_size} rows at once",
+        hint=", or ".join(mends),
     )
 
 
@@ -113,16 +135,22 @@ def _check(tuned: Tuned, spec: TrainSpec) -> None:
         )
 
 
+def warmup_steps(spec: TrainSpec, steps: int) -> int:
+    """Steps of warm-up; the first of them has a rate of 0, so one alone would only waste a step."""
+    wanted = int(spec.warmup_ratio * steps)
+    return wanted if wanted > 1 else 0
+
+
 def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, optim: str) -> SFTConfig:
     """TRL's settings, with everything explicit that TRL or transformers would otherwise choose."""
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(folder),
         max_steps=len(plan),
         per_device_train_batch_size=spec.rows_per_step,  # the loader yields a step; training/step splits it
         gradient_accumulation_steps=1,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.lr_scheduler_type,
-        warmup_steps=int(spec.warmup_ratio * len(plan)),  # rounded down: the first warm-up step has a rate of 0
+        warmup_steps=warmup_steps(spec, len(plan)),
         optim=optim,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
@@ -145,6 +173,9 @@ def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, o
         dataloader_pin_memory=False,
         push_to_hub=False,
     )
+    # The backbone is on one device; with several visible, Trainer would wrap it in DataParallel, which TRL refuses.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
 class StepTrainer(SFTTrainer):  # type: ignore[misc]
@@ -182,7 +213,8 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
                 )
         except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, most often
             reason = str(error).strip().splitlines()[0]
-            raise TrainingError(f"the trainer cannot start: {reason}", hint="look at train.report_to") from error
+            hint = "look at train.report_to" if spec.report_to else None
+            raise TrainingError(f"the trainer cannot start: {reason}", hint=hint) from error
         finally:
             _restore(tuned, values, base, own_forward)
         self.remove_callback(PrinterCallback)
@@ -209,9 +241,9 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             pad_id=backbone.tokenizer.pad_id,
             device=backbone.device,
             backward=self.accelerator.backward,
+            forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
         )
-        with autocast(backbone.device, backbone.placement.compute_dtype):
-            result = step.run(self.spec.per_device_train_batch_size)
+        result = step.run(self.spec.per_device_train_batch_size)
         self._tell(result)
         return torch.tensor(result.loss, device=backbone.device)
 

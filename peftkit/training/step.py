@@ -8,6 +8,7 @@ micro-batch means would weigh short answers more (transformers and Unsloth, Octo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,13 @@ class Step:
         pad_id: int,
         device: torch.device,
         backward: Callable[[torch.Tensor], None] | None = None,
+        forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model = model
         self.rows = rows
         self.pad_id = pad_id
         self.device = device
+        self.forward = forward
         self.backward = backward or (lambda loss: loss.backward())
         self.answer_tokens = sum(label != IGNORED for row in rows for label in row.labels[1:])
         self._rng = RngState.capture(device)
@@ -80,7 +83,8 @@ class Step:
         batches = by_length(self.rows, micro_batch_size)
         for indices in batches:
             batch = pad([self.rows[i] for i in indices], self.pad_id, self.device)
-            nll = token_nll(self.model, batch).sum()
+            with self.forward():  # autocast belongs around the forward pass alone
+                nll = token_nll(self.model, batch).sum()
             total += float(nll.detach())
             self.backward(nll / self.answer_tokens)
         loss = total / self.answer_tokens

@@ -142,10 +142,17 @@ def _undone_on_error(model: Any, version: Version) -> Iterator[None]:
 def attach(backbone: Backbone, *versions: Version, other_base: bool = False, report: Report = silent) -> Attached:
     """Attach versions beside a backbone; the first becomes active."""
     host = Attached(backbone)
-    names = [host.attach(version, other_base=other_base, report=report) for version in versions]
-    if names:
-        host.activate(names[0])
+    for name, version in zip(names_for(versions), versions, strict=True):
+        host.attach(version, name, other_base=other_base, report=report)
+    if versions:
+        host.activate(names_for(versions)[0])
     return host
+
+
+def names_for(versions: Sequence[Version]) -> list[str]:
+    """A name for each version to attach it under: its adapter's, or name@version where two are of one adapter."""
+    names = [version.name for version in versions]
+    return [v.reference if names.count(v.name) > 1 else v.name for v in versions]
 
 
 def resume_adapter(
@@ -208,5 +215,7 @@ def open_adapters(
 def _quant(recorded: Mapping[str, Any], bits: int | None) -> QuantSpec:
     """The quantization of the training run; compute dtypes are decided anew for this machine."""
     wanted = bits if bits is not None else recorded.get("bits", 16)
+    if wanted not in (4, 8, 16, 32):
+        raise TuningError(f"bits={wanted}", expected="4, 8, 16 or 32", hint="--bits 4")
     settings = {key: recorded[key] for key in ("quant_type", "double_quant") if key in recorded}
     return QuantSpec.model_validate({"bits": wanted, **(settings if wanted == 4 else {})})

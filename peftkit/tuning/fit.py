@@ -32,7 +32,17 @@ _NOT_PLAIN = (
     "arrow_config",
     "eva_config",
     "loftq_config",
+    "corda_config",
+    "lora_ga_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "lora_bias",
 )
+# PEFT runs the others (pissa, olora, corda …) again when it loads, and they rewrite the base's own weights.
+_HARMLESS_INITS = (True, False, None, "gaussian")
 
 
 def check_version(version: Version) -> None:
@@ -59,9 +69,13 @@ def _check_config(version: Version) -> None:
         "task_type": (config.get("task_type") in ("CAUSAL_LM", None), "CAUSAL_LM"),
         "r": (_is_number(config.get("r")) and 0 < config["r"] == int(config["r"]), "a whole number above 0"),
         "lora_alpha": (_is_number(config.get("lora_alpha")), "a number"),
-        "target_modules": (_is_targets(config.get("target_modules")), "module names, or all-linear"),
+        "target_modules": (_is_targets(config.get("target_modules")), "a list of module names, or all-linear"),
     }
     problems = [f"{key} is {config.get(key)!r}, expected {what}" for key, (fine, what) in wanted.items() if not fine]
+    if config.get("init_lora_weights", True) not in _HARMLESS_INITS:
+        problems.append(f"init_lora_weights is {config['init_lora_weights']!r}, which would change the base's weights")
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias is {config['bias']!r}, which would train the base's own biases")
     problems += [f"{key} is set, which peftkit does not load" for key in _NOT_PLAIN if config.get(key)]
     if problems:
         raise TuningError(f"the adapter_config.json of {version.reference} cannot be used: " + "; ".join(problems))
@@ -81,9 +95,9 @@ def check_base(version: Version, backbone: Backbone, *, other_base: bool, report
     """Raise BaseMismatch when the version was trained on other bytes, naming what differs."""
     recorded = version.manifest.base
     differing = backbone.identity.differences(recorded.parts)
-    quantized = str((recorded.quantization or {}).get("label", backbone.quant.label))
-    if quantized != backbone.quant.label:
-        used = backbone.quant.label
+    quantized = str((recorded.quantization or {}).get("label", backbone.label))
+    if quantized != backbone.label:
+        used = backbone.label
         report(Warned(f"{version.reference} was trained on {quantized} weights and is used on {used}"))
     if not differing:
         return
@@ -122,4 +136,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_targets(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    """A list of names; any other string is a pattern that PEFT would run, and this file is not trusted."""
+    return value == "all-linear" or (isinstance(value, list) and all(isinstance(item, str) for item in value))

@@ -22,6 +22,7 @@ from peftkit.errors import TuningError
 from peftkit.events import Decision, Report, silent
 from peftkit.tuning.fit import check_bare
 from peftkit.tuning.methods import AdapterSpec, peft_arguments
+from peftkit.tuning.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,20 @@ def inject(backbone: Backbone, spec: AdapterSpec, *, report: Report = silent) ->
     `target_modules` matches nothing.
     """
     check_bare(backbone)
+    before = Snapshot(backbone.model)
     with torch.random.fork_rng(devices=_cuda_devices(backbone)), warnings.catch_warnings():
         torch.manual_seed(spec.seed)
         warnings.simplefilter("ignore")
         try:
             model = get_peft_model(backbone.model, LoraConfig(**peft_arguments(spec)), autocast_adapter_dtype=True)
-        except ValueError as error:
+        except Exception as error:  # PEFT raises ValueError for what it expects, and anything for what it does not
+            before.restore()
             names = sorted(
                 {name.rsplit(".", 1)[-1] for name, m in backbone.model.named_modules() if hasattr(m, "weight")}
             )
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise TuningError(
-                f"adapter.target_modules={spec.target_modules!r} cannot be used: {str(error).splitlines()[0]}",
+                f"adapter.target_modules={spec.target_modules!r} cannot be used: {reason}",
                 expected="all-linear, or endings of module names: " + ", ".join(names),
             ) from error
     _keep_float32(model)

@@ -22,7 +22,7 @@ class AdapterSpec(Spec):
     """Numerator of the scaling."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """all-linear (every linear layer but the head), or a list of module name endings."""
     seed: int = 0
     """Seed of the initial lora_A."""

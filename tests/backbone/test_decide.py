@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from peftkit.backbone import decide
 from peftkit.backbone.decide import optimizer, place
 from peftkit.backbone.spec import QuantSpec
 from peftkit.errors import BackboneError
@@ -17,16 +17,13 @@ from peftkit.errors import BackboneError
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A machine with a GPU of this compute capability, with or without flash_attn."""
-    found = importlib.util.find_spec
 
     def pretend(capability: tuple[int, int] | None, flash_attn: bool = False) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a pretended GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, *a: (flash_attn or None) if name == "flash_attn" else found(name)
-        )
+        monkeypatch.setattr(decide, "is_flash_attn_2_available", lambda: flash_attn)
 
     return pretend
 

@@ -84,7 +84,7 @@ def test_eval_measures_base_and_adapter(cli: Cli) -> None:
         "eval", "lamps", "--data", "rows.jsonl", "--set", "max_new_tokens=4", "--set", "group_by=kind", "--json"
     )
     (figures,) = reply(result).values()
-    assert set(figures["other"]["by_kind"]) == {"a", "b"}
+    assert figures["other"]["by_kind"]["groups"] == 2
     assert figures["other"]["answer_nll_change"]["point"] < 0
     plain = cli("eval", "lamps", "--data", "rows.jsonl", "--set", "max_generated_rows=0", "--set", "retention=null")
     assert plain[0] == 0
@@ -148,6 +148,15 @@ def test_recipes(cli: Cli, tmp_path: Path) -> None:
         (["train", "qlora_sft", "base={base}", "data.train=rows.jsonl", "train.optim=paged_adamw_8bit"], 1, "CUDA"),
         (["train", "qlora_sft", "base={base}", "data.train=rows.jsonl", "init_from=nobody"], 1, "nobody"),
         (["eval", "lamps", "--data", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        (["eval", "lamps", "--data", "rows.jsonl", "--set", "shots=2"], 1, "instructions"),
+        (["eval", "lamps", "--data", "rows.jsonl", "--set", "group_by=kond"], 1, "kind"),
+        (["chat", "lamps", "--bits", "5", "--prompt", "x"], 1, "4, 8, 16 or 32"),
+        (["data", "preview", "rows.jsonl", "--base", "{base}", "template_kwargs={{chat_template: x}}"], 1, "renderer"),
+        (
+            ["train", "qlora_sft", "base={base}", "data.train=rows.jsonl", "evaluate.metric=json_fields"],
+            1,
+            "JSON object",
+        ),
         (["runs", "show", "nothing"], 1, "nothing"),
     ],
 )
@@ -156,6 +165,37 @@ def test_mistakes_are_explained(arguments: list[str], code: int, said: str, cli:
     assert result[0] == code
     assert said in result[2]
     assert "Traceback" not in result[1] + result[2]
+
+
+def test_two_versions_of_one_adapter_side_by_side(cli: Cli, tiny_base: Path) -> None:
+    first = reply(cli("show", "lamps", "--json"))["id"]
+    code, _, err = cli("train", "qlora_sft", f"base={tiny_base}", "data.train=rows.jsonl", "save_as=lamps",
+                       "train.max_steps=1", "train.seed=1", "evaluate.max_generated_rows=0", "init_from=lamps")  # fmt: skip
+    assert code == 0, err
+    second = reply(cli("show", "lamps", "--json"))
+    assert second["parents"] == [{"name": "lamps", "version": first, "relation": "continued"}]
+    names = (f"lamps@{first}", f"lamps@{second['id']}")
+    figures = reply(cli("eval", *names, "--data", "rows.jsonl", "--set", "max_generated_rows=0", "--json"))
+    assert tuple(figures) == names
+
+
+def test_the_registry_keeps_no_folder_and_no_instructions(cli: Cli, tiny_base: Path, home: Path) -> None:
+    code, _, err = cli("train", "qlora_sft", f"base={tiny_base}", f"data.train={home}/rows.jsonl", "save_as=quiet",
+                       "train.max_steps=1", "evaluate.max_new_tokens=2", "evaluate.instructions=Say zanzibar.",
+                       "evaluate.group_by=kind")  # fmt: skip
+    assert code == 0, err
+    manifest = json.dumps(reply(cli("show", "quiet", "--json")))
+    assert "zanzibar" not in manifest
+    assert f"{home}/rows" not in manifest
+    assert '"train": "rows.jsonl"' in manifest
+
+
+def test_control_characters_and_emoji_codes_are_shown_as_they_are(cli: Cli, tiny_base: Path, home: Path) -> None:
+    row = {"prompt": "a\x1b[2Jb :100: [bold]c", "completion": "d"}
+    (home / "odd.jsonl").write_text(json.dumps(row) + "\n")
+    out = cli("data", "preview", "odd.jsonl", "--base", str(tiny_base))[1]
+    assert "\x1b" not in out
+    assert ":100: [bold]c" in out
 
 
 def test_debug_shows_the_traceback(cli: Cli) -> None:

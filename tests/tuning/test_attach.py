@@ -291,6 +291,10 @@ MISFITS = {
     "more targets": config(target_modules="all-linear", modules_to_save=["norm"]),
     "targets are a number": config(target_modules=3),
     "another task": config(task_type="SEQ_CLS"),
+    "PiSSA rewrites the base": config(init_lora_weights="pissa"),
+    "OLoRA rewrites the base": config(init_lora_weights="olora"),
+    "trains the base's biases": config(bias="all"),
+    "targets are a pattern": config(target_modules="(a+)+$"),
 }
 
 
@@ -423,7 +427,7 @@ def test_other_precision_is_said_and_allowed(load: Callable[..., Any], adapter: 
     version = adapter()
     attach(load(bits=16), version, report=said.append)
     assert [event.text for event in said if isinstance(event, Warned)] == [
-        f"{version.reference} was trained on nf4+dq weights and is used on 16-bit"
+        f"{version.reference} was trained on nf4+dq weights and is used on float32"
     ]
 
 
@@ -445,7 +449,7 @@ def test_open_adapters_loads_the_base_that_the_manifest_names(
     host = open_adapters(versions, tmp_path / "cache")
     assert host.backbone.quant.label == "nf4+dq"
     assert torch.equal(logits(host.model), logits(attach(load(bits=4), versions[0]).model))
-    assert open_adapters(versions, tmp_path / "cache", bits=16).backbone.quant.label == "16-bit"
+    assert open_adapters(versions, tmp_path / "cache", bits=16).backbone.label == "float32"
 
 
 # -- continuing
