@@ -84,6 +84,27 @@ def test_the_tree_names_every_module() -> None:
     assert not missing
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", README)
+
+
+def test_measured_figures_stand_in_the_results() -> None:
+    """The table's figures are those of the committed results, rounded as shown."""
+    lines = [json.loads(line) for line in (ROOT / "benchmarks/results/three_precisions.jsonl").read_text().splitlines()]
+    assert [line["recipe"] for line in lines] == ["qlora_sft", "lora8bit_sft", "lora_sft"]
+    for line in lines:
+        (row,) = [text for text in README.splitlines() if text.startswith(f"| `{line['recipe']}`")]
+        change = line["answer_nll_change"]
+        shown = f"−{-change['point']:.3f} [−{-change['low']:.3f}, −{-change['high']:.3f}]"
+        assert shown in row
+        assert change["high"] < 0
+        assert f"{line['answer_nll_before']['point']:.3f} → {line['answer_nll_after']['point']:.3f}" in row
+        assert line["stopped_after"] >= 0.9
+    demo = json.loads((ROOT / "benchmarks/results/demo_tickets.json").read_text())
+    score = demo["figures"]["evaluation"]["after"]["score"]
+    assert f"{round(score['mean'] * score['n'])} of {score['n']} held-out mails" in README
+
+
 def test_every_command_is_in_the_table() -> None:
     from typer.main import get_command
 

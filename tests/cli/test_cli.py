@@ -169,8 +169,8 @@ def test_mistakes_are_explained(arguments: list[str], code: int, said: str, cli:
 
 def test_two_versions_of_one_adapter_side_by_side(cli: Cli, tiny_base: Path) -> None:
     first = reply(cli("show", "lamps", "--json"))["id"]
-    code, _, err = cli("train", "qlora_sft", f"base={tiny_base}", "data.train=rows.jsonl", "save_as=lamps",
-                       "train.max_steps=1", "train.seed=1", "evaluate.max_generated_rows=0", "init_from=lamps")  # fmt: skip
+    again = ["save_as=lamps", "init_from=lamps", "train.max_steps=1", "train.seed=1", "evaluate.max_generated_rows=0"]
+    code, _, err = cli("train", "qlora_sft", f"base={tiny_base}", "data.train=rows.jsonl", *again)
     assert code == 0, err
     second = reply(cli("show", "lamps", "--json"))
     assert second["parents"] == [{"name": "lamps", "version": first, "relation": "continued"}]
