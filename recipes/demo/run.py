@@ -31,8 +31,7 @@ def command(*arguments: str, given: str | None = None) -> None:
 def train(task: str, full: bool) -> None:
     """Generate the rows of a task and fine-tune on them."""
     subprocess.run([sys.executable, str(HERE / f"{task}.py"), "--out", str(DATA)], check=True)
-    everything = ("train.max_tokens=null", "train.num_train_epochs=2", "data.max_held_out_rows=null",
-                  "evaluate.max_generated_rows=120")  # fmt: skip
+    everything = ("train.max_tokens=null", "data.max_held_out_rows=null", "evaluate.max_generated_rows=120")
     command("train", "qlora_sft", "--config", str(HERE / f"{task}.yaml"), *(everything if full else ()))
 
 
