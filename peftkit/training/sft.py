@@ -11,7 +11,6 @@ import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes
 
 # isort: split
 
-import copy
 import math
 import resource
 import sys
@@ -73,7 +72,7 @@ def train(
     _check(tuned, spec)
     plan = schedule(examples, spec)
     base = tuned.model.get_base_model()
-    configs = copy.deepcopy((base.config, base.generation_config))
+    configs = [(c, dict(vars(c))) for c in (base.config, base.config.get_text_config(), base.generation_config)]
     try:
         trainer = StepTrainer(tuned, examples, plan, spec, folder, report, log)
         report(Phase("train", len(plan)))
@@ -86,7 +85,9 @@ def train(
             raise _out_of_memory(trainer, spec) from error
         seconds = time.perf_counter() - started
     finally:  # Trainer writes use_cache and the tokenizer's special tokens into them
-        base.config.__dict__, base.generation_config.__dict__ = configs[0].__dict__, configs[1].__dict__
+        for config, before in configs:
+            vars(config).clear()
+            vars(config).update(before)
         if spec.gradient_checkpointing:
             base.gradient_checkpointing_disable()
             base.disable_input_require_grads()
