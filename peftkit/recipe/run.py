@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` d
     from peftkit.backbone.spec import QuantSpec
     from peftkit.base.ref import BaseSpec, LocatedBase
     from peftkit.data.audit import Audit, DataSpec
+    from peftkit.evaluation.compare import Interval
     from peftkit.evaluation.held_out import Comparison
     from peftkit.evaluation.spec import EvaluateSpec
     from peftkit.training.sft import Trained
@@ -246,11 +248,16 @@ def report_comparison(comparison: Comparison, report: Report) -> None:
 
     report(Table("held-out rows", COLUMNS, tuple(comparison.rows())))
     learned = comparison.learned
-    report(Note(f"answer NLL per token, adapter − base: {interval(learned.point, learned.low, learned.high)} (95 %)"))
+    report(Note(f"answer NLL per token, adapter − base: {_shown(learned)}"))
     forgotten = comparison.forgotten
     if forgotten is not None:
-        change = interval(forgotten.point, forgotten.low, forgotten.high)
-        report(Note(f"general text NLL per token, adapter − base: {change} (95 %; above 0: forgotten)"))
+        report(Note(f"general text NLL per token, adapter − base: {_shown(forgotten)} (above 0: forgotten)"))
     if comparison.spec.group_by and comparison.adapter.scores:
         groups = tuple((name, n, f"{value:.2f}") for name, n, value in comparison.by_group(comparison.adapter))
         report(Table(f"adapter by {comparison.spec.group_by}", (comparison.spec.group_by, "rows", "score"), groups))
+
+
+def _shown(change: Interval) -> str:
+    if not math.isfinite(change.low):
+        return f"{number(change.point)} (one row: no interval)"
+    return f"{interval(change.point, change.low, change.high)} (95 %)"
