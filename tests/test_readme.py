@@ -103,6 +103,10 @@ def test_measured_figures_stand_in_the_results() -> None:
     demo = json.loads((ROOT / "benchmarks/results/demo_tickets.json").read_text())
     score = demo["figures"]["evaluation"]["after"]["score"]
     assert f"{round(score['mean'] * score['n'])} of {score['n']} held-out mails" in README
+    full = json.loads((ROOT / "benchmarks/results/demo_full.json").read_text())
+    for task, what in zip(full["tasks"], ("held-out mails", "queries"), strict=True):
+        score = task["figures"]["evaluation"]["after"]["score"]
+        assert f"{round(score['mean'] * score['n'])} of {score['n']} {what}" in " ".join(README.split())
 
 
 def test_every_command_is_in_the_table() -> None:
