@@ -1,6 +1,6 @@
 """The store of adapters on disk, with versions and aliases (FORMAT.md beside this file is its definition)."""
 
-from peftkit.registry.canonical import canonical_json, digest_json
+from peftkit.canonical import canonical_json, digest_json
 from peftkit.registry.layout import is_alias, is_name, parse_reference
 from peftkit.registry.manifest import (
     Base,

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from peftkit.registry.canonical import strict_json
+from peftkit.canonical import strict_json
 
 LONGEST_HEADER = 100_000_000
 """The limit of the safetensors library itself."""

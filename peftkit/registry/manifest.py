@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from peftkit.canonical import canonical_json, digest_json, strict_json
 from peftkit.errors import AdapterDamaged, RegistryError
-from peftkit.registry.canonical import canonical_json, digest_json, strict_json
 from peftkit.registry.layout import FORMAT, MANIFEST, check_file, check_name
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from peftkit.canonical import strict_json
 from peftkit.errors import AdapterDamaged, RegistryError
 from peftkit.registry import durable, lookup, manifest, payload, verify
-from peftkit.registry.canonical import strict_json
 from peftkit.registry.layout import (
     FORMAT,
     LATEST,

@@ -6,9 +6,9 @@ import os
 import stat
 from pathlib import Path
 
+from peftkit.canonical import strict_json
 from peftkit.errors import RegistryError
 from peftkit.registry import manifest as manifests
-from peftkit.registry.canonical import strict_json
 from peftkit.registry.durable import digest_file
 from peftkit.registry.headers import header_problems
 from peftkit.registry.layout import LATEST, MANIFEST, REQUIRED_FILES, Layout, is_alias, is_name, is_version_id
