@@ -15,7 +15,7 @@ from peftkit.backbone.decide import Placement, label, place
 from peftkit.backbone.locate import locate
 from peftkit.backbone.quiet import quiet
 from peftkit.backbone.spec import QuantSpec
-from peftkit.base.identity import BaseIdentity, identify, weight_files
+from peftkit.base.identity import BaseIdentity, identify, remember_place, weight_files
 from peftkit.base.ref import BaseSpec, LocatedBase, read_config
 from peftkit.base.tokenizer import Tokenizer, load_tokenizer
 from peftkit.errors import BackboneError
@@ -69,6 +69,7 @@ def load_backbone(
     for decision in placement.decisions:
         report(decision)
     identity = identify(located.folder, cache)
+    remember_place(identity, located.place, cache)
     tokenizer = load_tokenizer(located.folder)
     model = _from_pretrained(located.folder, config, quant, placement)
     model.requires_grad_(False)

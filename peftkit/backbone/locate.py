@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 from peftkit.backbone.quiet import quiet
-from peftkit.base import embedded, ref
+from peftkit.base import embedded, identity, ref
+from peftkit.base.identity import known_places
 from peftkit.base.ref import BaseSpec, LocatedBase
 from peftkit.errors import BaseError
 from peftkit.events import Note, Report, silent
@@ -36,6 +37,34 @@ def locate(spec: BaseSpec, cache: Path, report: Report = silent) -> LocatedBase:
     else:
         gguf = Path(reference.source).expanduser().resolve()
     return ref.located(reference, convert_gguf(gguf, cache, report))
+
+
+def locate_again(source: str, revision: str | None, record: str | None, cache: Path) -> BaseSpec:
+    """The base that an adapter's manifest names: where this machine last saw its content, else the source itself.
+
+    Raises BaseError for the name of a local base that this machine has not seen.
+    """
+    places = known_places(record, cache) if record else []
+    if places and source not in places:
+        return BaseSpec(
+            source=places[0], revision=revision if ref.parse(BaseSpec(source=places[0])).kind == "hub" else None
+        )
+    try:
+        ref.parse(BaseSpec(source=source, revision=revision))
+    except BaseError as error:
+        raise BaseError(
+            f"the base {source!r} was a folder or file, and is not known on this machine",
+            expected=f"a base with the record {record}",
+            hint="name it once with --base, and it will be found again by its content",
+        ) from error
+    return BaseSpec(source=source, revision=revision)
+
+
+def license_of(base: LocatedBase) -> str | None:
+    """The licence that a base states; None when it states none."""
+    if base.kind == "embedded":
+        return embedded.EMBEDDED[base.source.removeprefix("embedded:")].license
+    return identity.license_of(base.folder)
 
 
 def convert_gguf(gguf: Path, cache: Path, report: Report = silent) -> Path:

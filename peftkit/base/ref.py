@@ -18,8 +18,9 @@ Kind = Literal["embedded", "hub", "folder", "gguf"]
 
 _EXPECTED = "a folder, a .gguf file, a Hub id (owner/name) or embedded:smollm2-135m"
 
-# What `locate` downloads from the Hub: weights as safetensors, and the small text files. Pickles stay there.
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+# What `locate` downloads from the Hub: weights as safetensors, and the small text files (README.md states the licence).
+# Pickles stay there.
+HUB_FILES = ["*.json", "README.md", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 
 
 class BaseSpec(Spec):
@@ -158,6 +159,16 @@ class LocatedBase(Spec):
     """The commit that was resolved, for Hub bases."""
     folder: Path
     """Holds config.json, safetensors and the tokenizer."""
+
+    @property
+    def portable(self) -> str:
+        """The source as an adapter may carry it: a path of this machine means nothing elsewhere, so only its name."""
+        return Path(self.source).name if self.kind in ("folder", "gguf") else self.source
+
+    @property
+    def place(self) -> str:
+        """The source as this machine finds it again from any folder."""
+        return str(Path(self.source).expanduser().absolute()) if self.kind in ("folder", "gguf") else self.source
 
 
 def located(ref: BaseRef, folder: Path) -> LocatedBase:

