@@ -9,8 +9,11 @@ from typing import Any, NoReturn
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling of a JSON value (FORMAT.md, section 1); ValueError on NaN and infinity."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    """The one spelling of a JSON value; ValueError on NaN, infinity and halves of a character."""
+    data = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    if b"\\ud" in data:
+        _refuse_halves(value)
+    return data
 
 
 def digest_json(value: Any) -> str:
@@ -21,20 +24,30 @@ def digest_json(value: Any) -> str:
 def strict_json(data: bytes) -> Any:
     """Parse JSON that every parser reads alike; ValueError says what is wrong with it.
 
-    Refused although Python's parser takes them: NaN and infinity (also as `1e999`), and a key that stands twice,
-    because parsers disagree on which one counts.
+    Refused although Python's parser takes them: NaN and infinity (also as `1e999`), halves of a character
+    (`"\\ud800"`), and a key that stands twice, because parsers disagree on which one counts.
     """
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"),
             parse_constant=_refuse_constant,
             parse_float=_finite,
             object_pairs_hook=_unique,
         )
+        if b"\\ud" in data.lower():
+            _refuse_halves(value)
+        return value
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _refuse_halves(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("a text holds half a character, which UTF-8 cannot spell") from error
 
 
 def _refuse_constant(text: str) -> NoReturn:

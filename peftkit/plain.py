@@ -38,3 +38,15 @@ def as_plain(value: Any) -> Any:
 def as_json_text(value: Any) -> str:
     """A value as the text of a JSON file, for people to read."""
     return json.dumps(as_plain(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def as_utf8(value: Any) -> Any:
+    """A value as `as_plain` gives it, with halves of a character (a file name in another encoding) as backslashes."""
+    plain = as_plain(value)
+    if isinstance(plain, str):
+        return plain.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(plain, list):
+        return [as_utf8(item) for item in plain]
+    if isinstance(plain, dict):
+        return {as_utf8(key): as_utf8(item) for key, item in plain.items()}
+    return plain

@@ -171,6 +171,8 @@ def _harmless(char: str) -> str:
 
 def _width(text: str) -> int:
     """Columns that a terminal needs: two for wide East Asian characters and emoji, none for combining marks."""
+    if text.isascii():
+        return len(text)
     return sum(_columns(char) for char in text)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_bases import write_base
@@ -17,15 +19,25 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs without a network: connecting or looking a name up fails loudly."""
+def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs without a network: connecting or looking a name up fails loudly.
 
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError(f"a test tried to reach the network: {args!r}")
+    A test marked `loopback` reaches 127.0.0.1, where it runs a server of its own, and nothing else.
+    """
+    loopback = request.node.get_closest_marker("loopback") is not None
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    def guarded(true: Callable[..., Any], host: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if loopback and host(*args) == "127.0.0.1":
+                return true(*args, **kwargs)
+            raise AssertionError(f"a test tried to reach the network: {args!r}")
+
+        return call
+
+    for name in ("connect", "connect_ex"):
+        true = getattr(socket.socket, name)
+        monkeypatch.setattr(socket.socket, name, guarded(true, lambda self, address: address[0]))
+    monkeypatch.setattr(socket, "getaddrinfo", guarded(socket.getaddrinfo, lambda host, *rest: host))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""`peftkit base`: fetch, show."""
+"""`peftkit base`: fetch, show, relate."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -9,7 +10,10 @@ import typer
 from peftkit import locations, render
 from peftkit.base.ref import BaseSpec
 from peftkit.cli.console import Reporter, show
-from peftkit.cli.options import AsJson
+from peftkit.cli.options import AsJson, RegistryRoot
+from peftkit.registry.store import Registry
+
+_SHOWN = 10
 
 app = typer.Typer(
     help="Bases: where their files are, and what they are by content.", no_args_is_help=True, rich_markup_mode=None
@@ -47,6 +51,37 @@ def show_base(
     with Reporter(as_json=as_json) as report:
         base = locate(BaseSpec(source=source, revision=revision), cache, report)
     identity = identify(base.folder, cache)
-    facts = {"source": base.source, "revision": base.revision, "folder": str(base.folder)}
+    facts = {"source": base.source, "revision": base.revision, "folder": str(base.folder), "record": identity.id}
     facts |= {"fingerprint": identity.fingerprint, **identity.parts()}
     show(facts, as_json=as_json, text=render.facts(list(facts.items())))
+
+
+@app.command()
+def relate(
+    child: Annotated[str, typer.Argument(metavar="CHILD", help="The quantized, converted or cast base.")],
+    parent: Annotated[str, typer.Argument(metavar="PARENT", help="The base it was made from.")],
+    registry: RegistryRoot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a base against the one it was made from, tensor by tensor, and keep the result in the registry.
+
+    An adapter of one can then be used on the other knowingly: --other-base names the measured error.
+
+    Example: peftkit base relate ./Qwen3-4B-bnb-4bit Qwen/Qwen3-4B
+    """
+    from peftkit.backbone.locate import locate
+    from peftkit.base.relations import measure
+    from peftkit.registry.bases import keep_relation
+
+    cache, store = locations.cache_root().path, Registry(locations.registry_root(registry).path)
+    with Reporter(as_json=as_json) as report:
+        bases = [locate(BaseSpec(source=source), cache, report) for source in (child, parent)]
+        converted = bases[0].kind in ("gguf", "embedded")
+        relation = measure(
+            bases[0].folder, bases[1].folder, kind="gguf" if converted else None, cache=cache, report=report
+        )
+    with store.writing(f"relate {child} to {parent}"):
+        keep_relation(store.layout, relation)
+    worst = sorted(relation.tensors.items(), key=lambda item: item[1], reverse=True)[:_SHOWN]
+    text = "\n".join([relation.describe(), render.table(("tensor", "relative error"), worst)])
+    show(json.loads(relation.encode()), as_json=as_json, text=text)

@@ -8,9 +8,9 @@ import typer
 
 from peftkit import locations
 from peftkit.cli.console import Reporter, show
-from peftkit.cli.options import AsJson, Base, Bits, OtherBase, RegistryRoot
+from peftkit.cli.options import AsJson, Base, Bits, OtherBase, RegistryRoot, open_registry
 from peftkit.errors import PeftkitError
-from peftkit.registry.store import Registry, Version
+from peftkit.registry.store import Version
 
 _HELP = "/base, /NAME to swap; /new to forget; /quit"
 
@@ -31,7 +31,7 @@ def chat(
 
     Example: peftkit chat tickets --prompt "My lamp arrived broken, order A-48213."
     """
-    store = Registry(locations.registry_root(registry).path)
+    store = open_registry(registry)
     versions = [store.resolve(name) for name in names]
     from peftkit.generation.engine import Sampling
     from peftkit.tuning.attach import open_adapters
@@ -82,25 +82,16 @@ class _Session:
         self.host.activate(None if name == "base" else name)
 
     def ask(self, text: str) -> str:
-        from peftkit.data.audit import recorded_rendering
-        from peftkit.data.chat import chat_prompt
-        from peftkit.generation.engine import generate
-        from peftkit.generation.forward import autocast
+        from peftkit.generation.answer import answer
 
-        active = self.host.versions.get(self.host.active or "", self.versions[0])
-        rendering = recorded_rendering(active.manifest.recipe.config if active.manifest.recipe else {})
         system = [{"role": "system", "content": self.system}] if self.system else []
         turns = [*self.turns, {"role": "user", "content": text}]
-        backbone = self.host.backbone
-        ids = chat_prompt([*system, *turns], backbone.tokenizer, rendering)
-        with autocast(backbone.device, backbone.placement.compute_dtype):
-            answer = generate(
-                self.host.model,
-                [ids],
-                backbone.tokenizer,
-                device=backbone.device,
-                max_new_tokens=self.max_new_tokens,
-                sampling=self.sampling,
-            )[0]
-        self.turns = [*turns, {"role": "assistant", "content": answer.text}]
-        return answer.text
+        replied = answer(
+            self.host,
+            self.versions[0],
+            [*system, *turns],
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+        )
+        self.turns = [*turns, {"role": "assistant", "content": replied}]
+        return replied

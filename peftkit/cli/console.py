@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from types import TracebackType
@@ -28,6 +29,10 @@ def console(*, stderr: bool = False) -> Console:
 def harmless(text: str) -> str:
     """Text without control characters, line ends and tabs apart."""
     return text.translate(_CONTROL)
+
+
+# What JSON lets through unescaped and a terminal may obey.
+_STEERING = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
 class Reporter:
@@ -136,7 +141,8 @@ def show_interval(stored: dict[str, float | None]) -> str:
 def show(value: Any, *, as_json: bool, text: str) -> None:
     """Print a command's result: JSON for programs, text for people."""
     if as_json:  # for programs: nothing may be replaced or wrapped
-        sys.stdout.write(json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=2, default=str, ensure_ascii=False)
+        sys.stdout.write(_STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
         sys.stdout.flush()
     else:
         console().print(harmless(text), markup=False)

@@ -9,11 +9,10 @@ import typer
 
 from peftkit import locations
 from peftkit.cli.console import Reporter, show
-from peftkit.cli.options import AsJson, Base, Bits, OtherBase, RegistryRoot
+from peftkit.cli.options import AsJson, Base, Bits, OtherBase, RegistryRoot, open_registry
 from peftkit.config import resolve
 from peftkit.evaluation.spec import EvaluateSpec
 from peftkit.recipe import report_comparison
-from peftkit.registry.store import Registry
 
 
 def evaluate(
@@ -34,7 +33,7 @@ def evaluate(
     Example: peftkit eval tickets sql --data held_out.jsonl
     """
     spec = resolve(EvaluateSpec, overrides=settings or []).config
-    store = Registry(locations.registry_root(registry).path)
+    store = open_registry(registry)
     versions = [store.resolve(name) for name in names]
     from peftkit.evaluation.registered import evaluate_attached
     from peftkit.tuning.attach import open_adapters

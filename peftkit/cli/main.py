@@ -18,7 +18,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 import peftkit
-from peftkit.cli import adapters, base, chat, data, doctor, evaluate, recipes, runs, train
+from peftkit.cli import (
+    adapters,
+    base,
+    chat,
+    data,
+    doctor,
+    evaluate,
+    exchange,
+    generate,
+    recipes,
+    reproduce,
+    runs,
+    train,
+    versions,
+)
 from peftkit.cli.console import console, harmless
 from peftkit.errors import PeftkitError
 from peftkit.recipe import Interrupted
@@ -37,8 +51,20 @@ app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.command("list")(adapters.list_adapters)
 app.command("show")(adapters.show_adapter)
-app.command("tag")(adapters.tag)
-app.command("verify")(adapters.verify)
+app.command("path")(adapters.path)
+app.command("log")(adapters.log)
+app.command("diff")(adapters.diff)
+app.command("tag")(versions.tag)
+app.command("restore")(versions.restore)
+app.command("rm")(versions.rm)
+app.command("gc")(versions.gc)
+app.command("verify")(versions.verify)
+app.command("import")(exchange.import_adapter_command)
+app.command("export")(exchange.export_adapter)
+app.command("push")(exchange.push)
+app.command("pull")(exchange.pull)
+app.command("reproduce")(reproduce.reproduce)
+app.command("generate")(generate.generate)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.add_typer(base.app, name="base")

@@ -26,6 +26,9 @@ def train(
     preset: Annotated[str | None, typer.Option("--preset", help="cpu, 8gb, 12gb or 24gb.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Audit and plan, train nothing.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Show every setting and its source.")] = False,
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Let init_from name an adapter of another base; this is recorded.")
+    ] = False,
     registry: RegistryRoot = None,
     runs: RunsRoot = None,
     as_json: AsJson = False,
@@ -42,7 +45,8 @@ def train(
         if not as_json and not dry_run:
             for what, place in (("registry", locations.registry_root(registry)), ("runs", locations.runs_root(runs))):
                 report.console.print(f"  {what}: {place.path}  ({place.reason})", markup=False)
-        result = execute(loaded, resolved, registry=registry, runs=runs, report=report, dry_run=dry_run)
+        places = {"registry": registry, "runs": runs}
+        result = execute(loaded, resolved, **places, report=report, dry_run=dry_run, other_base=other_base)
     if as_json:
         show({"run": result.run_id, "saved_as": result.saved_as, **result.figures}, as_json=True, text="")
 

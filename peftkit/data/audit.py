@@ -50,6 +50,8 @@ class DataSpec(Spec):
     """Measure on the first so many held-out rows only."""
     seed: int = 0
     """Seed of the split."""
+    license: str | None = None
+    """Licence of the rows, such as cc-by-4.0; it is kept with the adapter and stands on its model card."""
 
     @property
     def rendering(self) -> Rendering:
@@ -77,6 +79,7 @@ class Part:
     """Places of rows that are left out: too long, or without any answer left."""
     truncated: tuple[str, ...]
     """Places of rows that were cut and still keep some of their answer."""
+    license: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -97,6 +100,7 @@ class Part:
             "rows": len(self.rows),
             "tokens": self.tokens,
             "dropped": len(self.dropped),
+            "license": self.license,
         }
 
 
@@ -178,7 +182,8 @@ def encode(
         )
     if not examples:
         raise DataError(f"no {role} row of {source.source} is left to use", expected="at least one row with an answer")
-    return Part(role, source.source, source.sha256, tuple(rows), tuple(examples), tuple(dropped), tuple(truncated))
+    lost = tuple(dropped), tuple(truncated)
+    return Part(role, source.source, source.sha256, tuple(rows), tuple(examples), *lost, spec.license)
 
 
 def _refuse(errors: list[DataError], rows: int, role: str) -> None:

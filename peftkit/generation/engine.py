@@ -76,7 +76,7 @@ def _generate_batch(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[list[int]]:
-    shared = _shared_prefix(prompts) if _keeps_every_token(model) else 0
+    shared = _shared_prefix(prompts) if _can_share(model) else 0
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), tokenizer.pad_id, dtype=torch.long)
     mask = torch.zeros((len(prompts), longest), dtype=torch.long)
@@ -94,8 +94,13 @@ def _generate_batch(
     return [row.tolist() for row in out[:, longest:].cpu()]
 
 
-def _keeps_every_token(model: Any) -> bool:
-    """Whether the model's cache keeps all tokens; in a sliding window, padding would push a shared prefix out."""
+def _can_share(model: Any) -> bool:
+    """Whether a prefix can be read once for all rows: the cache keeps all its tokens, and nothing stands before it.
+
+    In a sliding window, padding would push a shared prefix out; prompt tuning puts virtual tokens before every prompt.
+    """
+    if getattr(model, "begins_with_virtual_tokens", False):
+        return False
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 

@@ -31,19 +31,22 @@ def execute(
     resolved: Resolved[Any],
     *,
     registry: Path | None = None,
+    publish_to: Path | None = None,
     runs: Path | None = None,
     report: Report = silent,
     dry_run: bool = False,
+    other_base: bool = False,
 ) -> Result:
     """Run a recipe's main from a fresh run folder to its end, recording events and how it ended.
 
+    The adapter is published to `registry`, from which `init_from` is read too, unless `publish_to` names another.
     Raises what the recipe raises; Interrupted after Ctrl-C.
     """
     store = Registry(locations.registry_root(registry).path)
     check_name(getattr(resolved.config, "save_as", None) or default_name(recipe))  # before hours of training, not after
     cache = locations.cache_root().path
     if dry_run:
-        run = Run(recipe, resolved, store, cache, None, report)
+        run = Run(recipe, resolved, store, cache, None, report, other_base)
         try:
             recipe.main(resolved.config, run)
         except PlannedOnly:
@@ -57,7 +60,8 @@ def execute(
             folder.record(event)
         report(event)
 
-    run = Run(recipe, resolved, store, cache, folder, recorded)
+    target = Registry(publish_to) if publish_to else None
+    run = Run(recipe, resolved, store, cache, folder, recorded, other_base, target)
     recorded(Note(f"run {folder.id} in {folder.path}"))
     try:
         recipe.main(resolved.config, run)

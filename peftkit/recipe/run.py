@@ -14,6 +14,7 @@ from peftkit.config import Resolved
 from peftkit.environment import environment
 from peftkit.errors import OutOfMemory, RunError
 from peftkit.events import Note, Report, Table, silent
+from peftkit.plain import as_utf8
 from peftkit.recipe.files import Recipe, default_name
 from peftkit.registry.manifest import Draft
 from peftkit.registry.store import Registry, Version
@@ -57,6 +58,10 @@ class Run:
     folder: RunFolder | None
     """None in a dry run, which leaves nothing behind."""
     report: Report = silent
+    other_base: bool = False
+    """Whether `init_from` may name an adapter of another base; what differs is recorded in the new version."""
+    publish_to: Registry | None = None
+    """Where the adapter is kept when that is not `registry`."""
     saved: Version | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     _located: LocatedBase | None = None
@@ -100,7 +105,9 @@ class Run:
             sources = self.resolved.sources.items()
             asked = [key.removeprefix("adapter.") for key, source in sources if source != "default"]
             asked = [key for key in asked if key in type(adapter).model_fields]
-            tuned = resume_adapter(backbone, parent, adapter, asked=asked, report=self.report)
+            tuned = resume_adapter(
+                backbone, parent, adapter, asked=asked, other_base=self.other_base, report=self.report
+            )
         else:
             tuned = inject(backbone, adapter, report=self.report)
         steps = schedule(self._audited().train.examples, train)
@@ -189,30 +196,26 @@ class Run:
         records = [data.train.record(), data.held_out.record()]
         if comparison.held.text is not None:
             records.append(comparison.held.text.record)
-        draft = Draft.model_validate(
-            {
-                "kind": "peft",
-                "base": {
-                    "source": backbone.base.source,
-                    "revision": backbone.base.revision,
-                    "fingerprint": backbone.identity.fingerprint,
-                    "parts": backbone.identity.parts(),
-                    "quantization": backbone.quantization_record(),
-                },
-                "adapter": {**tuned.spec.model_dump(), "trainable_parameters": tuned.trainable_parameters},
-                "recipe": {
-                    "name": self.recipe.name,
-                    "sha256": self.recipe.sha256,
-                    "config": _without_paths(self.resolved.as_dict()),
-                },
-                "data": records,
-                "environment": environment(),
-                "metrics": {**comparison.figures(), "other": {**comparison.figures()["other"], **self._training()}},
-                "parents": list(tuned.parents),
-            }
-        )
+        fields = {
+            "kind": "peft",
+            "base": base_fields(backbone),
+            "adapter": {**tuned.spec.model_dump(), "trainable_parameters": tuned.trainable_parameters},
+            "recipe": {
+                "name": self.recipe.name,
+                "sha256": self.recipe.sha256,
+                "config": _without_paths(self.resolved.as_dict(), backbone.base),
+            },
+            "run": self._folder().id,
+            "data": records,
+            "environment": environment(),
+            "metrics": {**comparison.figures(), "other": {**comparison.figures()["other"], **self._training()}},
+            "parents": list(tuned.parents),
+            "receipts": list(tuned.receipts),
+        }
+        # A file name in another encoding must not cost the training that is already done.
+        draft = Draft.model_validate(as_utf8(fields))
         payload = save_adapter(tuned, self._folder().path / UNPUBLISHED)
-        self.saved = self.registry.publish(name, payload, draft)
+        self.saved = (self.publish_to or self.registry).publish(name, payload, draft, base=backbone.identity.record)
         shutil.rmtree(payload)
         self.report(Note(f"saved as {self.saved.reference} in {self.saved.path}"))
         return self.saved
@@ -231,9 +234,26 @@ class Run:
         return self.folder
 
 
-def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings as the registry keeps them: file names without their folders, instructions as a digest."""
+def base_fields(backbone: Backbone) -> dict[str, Any]:
+    """What a manifest says about the base that an adapter was trained on."""
+    from peftkit.backbone.locate import license_of
+
+    return {
+        "source": backbone.base.portable,
+        "revision": backbone.base.revision,
+        "record": backbone.identity.id,
+        "fingerprint": backbone.identity.fingerprint,
+        "parts": backbone.identity.parts(),
+        "quantization": backbone.quantization_record(),
+        "license": license_of(backbone.base),
+    }
+
+
+def _without_paths(config: dict[str, Any], base: LocatedBase) -> dict[str, Any]:
+    """Settings as the registry keeps them: names without the folders of this machine, instructions as a digest."""
     data, evaluate = dict(config.get("data") or {}), dict(config.get("evaluate") or {})
+    if isinstance(config.get("base"), dict):
+        config = {**config, "base": {**config["base"], "source": base.portable}}
     for group, key in ((data, "train"), (data, "held_out"), (evaluate, "retention")):
         if isinstance(group.get(key), str):
             group[key] = Path(group[key]).name

@@ -1,6 +1,7 @@
 """The store of adapters on disk, with versions and aliases (FORMAT.md beside this file is its definition)."""
 
 from peftkit.canonical import canonical_json, digest_json
+from peftkit.registry.collect import Collected, collect, remove, remove_adapter
 from peftkit.registry.layout import is_alias, is_name, parse_reference
 from peftkit.registry.manifest import (
     Base,
@@ -19,6 +20,7 @@ from peftkit.registry.verify import check, check_root
 
 __all__ = [
     "Base",
+    "Collected",
     "Data",
     "Draft",
     "File",
@@ -32,9 +34,12 @@ __all__ = [
     "canonical_json",
     "check",
     "check_root",
+    "collect",
     "digest_json",
     "is_alias",
     "is_name",
     "parse_reference",
+    "remove",
+    "remove_adapter",
     "timestamp",
 ]

@@ -1,24 +1,29 @@
-"""Writes that survive a crash: each returns only after the bytes, and the folder entry that names them, were fsynced.
+"""The only code of the registry that changes a disk: each change returns only after it is safe from a crash.
 
-An error from fsync is never retried: after a failed fsync the kernel may drop the dirty pages, and report success the
-next time.
+Safe means: the bytes of a file were fsynced before the entry that names it, and the folder that holds the entry after
+it. An error from fsync is never retried: after a failed fsync the kernel may drop the dirty pages, and report success
+the next time.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 from pathlib import Path
+from typing import IO
 
 from peftkit.errors import RegistryError
 
 _CHUNK = 1 << 20
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the entries of `folder` (created, renamed) durable."""
+    """Make the entries of `folder` (created, renamed, removed) durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -34,45 +39,71 @@ def make_folder(folder: Path) -> None:
             expected="a folder inside the registry",
             hint=f"move it away: mv {folder} /tmp",
         )
-    folder.mkdir(exist_ok=True)
+    try:
+        os.mkdir(folder)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
     sync_folder(folder.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Create `path`, read-only, holding `data`; the caller syncs the folder."""
-    with open(path, "xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fchmod(stream.fileno(), 0o444)
-        os.fsync(stream.fileno())
+    with _create(path) as stream:
+        _write(stream.fileno(), data)
+        _finish(stream.fileno())
 
 
-def replace_file(path: Path, data: bytes, tmp: Path) -> None:
-    """Put `data` at `path` as one step: readers see the old bytes or the new ones."""
+def create_file(path: Path, data: bytes, tmp: Path) -> None:
+    """Put `data` at `path` as one step, or raise FileExistsError; of two processes, one wins.
+
+    Raises RegistryError on a file system without hard links.
+    """
     building = tmp / f"{path.name}-{secrets.token_hex(8)}"
     try:
         write_file(building, data)
-        os.replace(building, path)
-    except BaseException:
-        building.unlink(missing_ok=True)
-        raise
+        os.link(building, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        raise RegistryError(
+            f"the file system of {path.parent} has no hard links: {error.strerror}",
+            expected="a file system such as ext4, xfs, btrfs or NTFS; exFAT and FAT have none",
+            hint="move the registry, and name its folder with --registry or PEFTKIT_REGISTRY",
+        ) from error
+    finally:
+        if building.exists():
+            os.unlink(building)
     sync_folder(path.parent)
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """Append one line; a line that an earlier crash tore is ended first, so it cannot swallow this one."""
-    with open(path, "a+b") as stream:
-        if stream.seek(0, os.SEEK_END):
-            stream.seek(-1, os.SEEK_END)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")
-        stream.write(line + b"\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a complete folder into place."""
+    os.rename(source, target)
+    sync_folder(target.parent)
 
 
-def copy_file(source: Path, target: Path) -> tuple[str, int]:
-    """Copy a plain file, read-only; the digest and size returned are those of the bytes written, not read again."""
+def remove(path: Path, tmp: Path) -> None:
+    """Take a file or a folder out of sight as one step, then delete it."""
+    leaving = tmp / f"removed-{path.name}-{secrets.token_hex(8)}"
+    os.rename(path, leaving)
+    sync_folder(path.parent)
+    delete(leaving)
+
+
+def delete(path: Path) -> None:
+    """Delete what no reader sees."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
+
+
+def copy_file(source: Path, target: Path, limit: int | None = None) -> tuple[str, int]:
+    """Copy a plain file, read-only; the digest and size returned are those of the bytes written, not read again.
+
+    Raises RegistryError for a link, a pipe or a device in the place of the file, and after `limit` bytes.
+    """
     # O_NOFOLLOW and O_NONBLOCK: a link or a pipe may have taken the file's place since the folder was looked through.
     descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as reading:
@@ -82,14 +113,14 @@ def copy_file(source: Path, target: Path) -> tuple[str, int]:
             )
         digest = hashlib.sha256()
         size = 0
-        with open(target, "xb") as writing:
+        with _create(target) as writing:
             while chunk := reading.read(_CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
-                writing.write(chunk)
-            writing.flush()
-            os.fchmod(writing.fileno(), 0o444)
-            os.fsync(writing.fileno())
+                if limit is not None and size > limit:
+                    raise RegistryError(f"{source} has more than {limit} bytes", expected=f"at most {limit} bytes")
+                _write(writing.fileno(), chunk)
+            _finish(writing.fileno())
     return digest.hexdigest(), size
 
 
@@ -97,3 +128,18 @@ def digest_file(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _create(path: Path) -> IO[bytes]:
+    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb", buffering=0)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _finish(descriptor: int) -> None:
+    os.fchmod(descriptor, 0o444)
+    os.fsync(descriptor)

@@ -6,13 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkit.base.record import FORMAT as FORMAT
 from peftkit.errors import RegistryError
-
-FORMAT = 1
-"""The on-disk format that this code writes and reads (FORMAT.md, section 3)."""
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
+BASE_RECORD = "base.json"
+"""The base record in an exported folder (FORMAT.md, section 7)."""
 PAYLOAD_SUFFIXES = (".safetensors", ".json")
 REQUIRED_FILES = {
     "peft": ("adapter_config.json", "adapter_model.safetensors"),
@@ -25,11 +25,12 @@ _ALIAS = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
 _ID = re.compile(r"[0-9a-f]{16}")
 _PREFIX = re.compile(r"[0-9a-f]{4,16}")
 _SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_RECORD = re.compile(r"[0-9]{8}")
 _DEEPEST = 4
 
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))})
-# Words that mean something else where adapters are named: the base, PEFT's own adapter, a folder of the registry.
-_RESERVED = frozenset({"base", "base_model", "default", "lora", LATEST, "tmp"})
+# Words that mean something else where adapters are named: the base, PEFT's own adapter, folders of the registry.
+_RESERVED = frozenset({"base", "base_model", "bases", "default", "lora", LATEST, "relations", "tmp"})
 
 _NAME_RULE = "1 to 64 of a-z, 0-9, _ and -, first and last a letter or digit"
 _ALIAS_RULE = "1 to 64 of a-z, 0-9, '.', _ and -, first and last a letter or digit"
@@ -83,6 +84,11 @@ def is_version_id(text: str) -> bool:
     return bool(_ID.fullmatch(text))
 
 
+def is_record_name(text: str) -> bool:
+    """Whether `text` is the file name of an alias record."""
+    return bool(_RECORD.fullmatch(text)) and int(text) > 0
+
+
 def check_file(relative: str) -> str:
     """Return `relative` if a payload file may be called so, else raise RegistryError.
 
@@ -96,11 +102,11 @@ def check_file(relative: str) -> str:
             expected=_FILE_RULE,
             hint="leave the file out, or save its tensors as safetensors",
         )
-    if relative.lower() == MANIFEST:
+    if relative.lower() in (MANIFEST, BASE_RECORD):
         raise RegistryError(
-            f"the file {relative!r} cannot be part of an adapter: the registry writes it itself",
-            expected="a folder without a manifest",
-            hint=f"leave {MANIFEST} out of the folder",
+            f"the file {relative!r} cannot be part of an adapter: peftkit writes it itself",
+            expected=f"a folder without {MANIFEST} and {BASE_RECORD}",
+            hint=f"leave {relative} out of the folder, or peftkit import it",
         )
     return relative
 
@@ -173,9 +179,24 @@ class Layout:
         return self.adapter(name) / "aliases"
 
     def alias(self, name: str, alias: str) -> Path:
-        """The file of one alias."""
+        """The folder of the records of one alias."""
         return self.aliases(name) / check_alias(alias)
 
-    def history(self, name: str) -> Path:
-        """The record of alias moves of one name."""
-        return self.adapter(name) / "alias-history.jsonl"
+    def record(self, name: str, alias: str, number: int) -> Path:
+        """The file of one record of an alias."""
+        return self.alias(name, alias) / f"{number:08d}"
+
+    @property
+    def bases(self) -> Path:
+        """The folder of the base records."""
+        return self.root / "bases"
+
+    @property
+    def relations(self) -> Path:
+        """The folder of what was measured between bases."""
+        return self.root / "relations"
+
+    @property
+    def index(self) -> Path:
+        """The cache of what `list` shows."""
+        return self.root / "index.sqlite"

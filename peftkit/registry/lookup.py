@@ -6,8 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from peftkit.errors import AdapterDamaged, AdapterNotFound, RegistryError
-from peftkit.registry.layout import is_version_id
+from peftkit.errors import AdapterNotFound, RegistryError
 
 
 def by_prefix(name: str, prefix: str, known: Sequence[str]) -> str:
@@ -28,24 +27,21 @@ def by_prefix(name: str, prefix: str, known: Sequence[str]) -> str:
     return matches[0]
 
 
-def read_alias(name: str, path: Path) -> str:
-    """The version id that an alias file holds."""
-    text = path.read_bytes().decode("latin-1")
-    if not is_version_id(text.removesuffix("\n")):
-        raise AdapterDamaged(
-            f"{path} holds {text[:40]!r}",
-            expected="16 hex digits and a line end",
-            hint=f"peftkit tag {name}@VERSION {path.name}",
-        )
-    return text.removesuffix("\n")
-
-
 def unknown_name(name: str, root: Path, names: Sequence[str]) -> AdapterNotFound:
     """The error for a name that is not in the registry."""
     return AdapterNotFound(
         f"no adapter is called {name!r} in {root}{_near(name, names)}",
         expected=f"one of {', '.join(names)}" if names else "an adapter; this registry is empty",
         hint="peftkit list",
+    )
+
+
+def removed(name: str, version_id: str, known: Sequence[str]) -> AdapterNotFound:
+    """The error for a version that is not there, or not any more."""
+    return AdapterNotFound(
+        f"{name}@{version_id} is not there",
+        expected=f"one of {', '.join(known)}" if known else "a version; this adapter has none",
+        hint=f"peftkit show {name}" if known else "peftkit list",
     )
 
 

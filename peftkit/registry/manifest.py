@@ -1,7 +1,8 @@
-"""The manifest of a version: a closed list of fields (FORMAT.md, section 5), and the id that is computed from it."""
+"""The manifest of a version: a closed list of fields (FORMAT.md, section 5); the version's id is that of its bytes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, V
 from peftkit.canonical import canonical_json, digest_json, strict_json
 from peftkit.errors import AdapterDamaged, RegistryError
 from peftkit.registry.layout import FORMAT, MANIFEST, check_file, check_name
+from peftkit.registry.reading import LARGEST_MANIFEST, read_plain
+from peftkit.registry.receipts import Receipt
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 VersionId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
@@ -42,9 +45,11 @@ class Base(_Part):
 
     source: Annotated[str, Field(min_length=1)]
     revision: str | None = None
-    fingerprint: Annotated[str, Field(min_length=1)]
-    parts: dict[str, str] = {}
+    record: VersionId | None = None
+    fingerprint: Digest
+    parts: dict[Literal["weights", "config", "tokenizer", "special_tokens", "chat_template"], Digest] = {}
     quantization: Json | None = None
+    license: str | None = None
 
 
 class File(_Part):
@@ -86,6 +91,7 @@ class Data(_Part):
     rows: Count
     tokens: Count | None = None
     dropped: Count = 0
+    license: str | None = None
 
 
 class Metrics(_Part):
@@ -105,18 +111,19 @@ class Parent(_Part):
 
 
 class Draft(_Part):
-    """The part of a manifest that the caller supplies; the registry adds format, id, name and files."""
+    """The part of a manifest that the caller supplies; the registry adds format, name and files."""
 
     kind: Literal["peft", "tensors"]
     created: Annotated[str, BeforeValidator(_utc)] = Field(default_factory=timestamp)
     base: Base
     adapter: Json = {}
     recipe: Recipe | None = None
+    run: str | None = None
     data: tuple[Data, ...] = ()
     environment: dict[str, str] = {}
     metrics: Metrics = Metrics()
     parents: tuple[Parent, ...] = ()
-    receipts: tuple[Json, ...] = ()
+    receipts: tuple[Receipt, ...] = ()
 
     @model_validator(mode="after")
     def _finite(self) -> Self:
@@ -128,8 +135,7 @@ class Draft(_Part):
 class Manifest(Draft):
     """Everything that is known about one version."""
 
-    format: Literal[1]
-    id: VersionId
+    format: Literal["peftkit/1"]
     name: str
     files: dict[str, File]
 
@@ -159,33 +165,35 @@ class Version:
         return f"{self.name}@{self.id}"
 
 
-def compute_id(fields: Mapping[str, Any]) -> str:
-    """The version id of a manifest given as plain JSON, with or without its field `id`."""
-    return digest_json({key: value for key, value in fields.items() if key != "id"})[:16]
-
-
 def complete(draft: Draft, name: str, files: Mapping[str, File]) -> Manifest:
-    """Turn a draft into a manifest with its id."""
+    """Turn a draft into a manifest."""
     fields = draft.model_dump(mode="json", include=set(Draft.model_fields))
     fields |= {"format": FORMAT, "name": name, "files": {path: file.model_dump() for path, file in files.items()}}
-    return Manifest.model_validate({**fields, "id": compute_id(fields)})
+    return Manifest.model_validate(fields)
 
 
 def encode(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`: the fields a reader looks for first stand first."""
     fields = manifest.model_dump(mode="json")
-    first = {key: fields.pop(key) for key in ("format", "id", "kind", "name")}
+    first = {key: fields.pop(key) for key in ("format", "kind", "name")}
     return json.dumps({**first, **fields}, indent=2, allow_nan=False).encode("ascii") + b"\n"
+
+
+def compute_id(written: bytes) -> str:
+    """The version id of a manifest's bytes."""
+    return hashlib.sha256(written).hexdigest()[:16]
 
 
 def check_format(found: object, where: Path) -> None:
     """Stop at a format that this code does not know (FORMAT.md, section 3)."""
-    if type(found) is not int or found != FORMAT:
-        raise RegistryError(
-            f"{where} has format {found!r}, this peftkit reads format {FORMAT}",
-            expected=f"format {FORMAT}",
-            hint="pip install --upgrade peftkit",
-        )
+    if found == FORMAT:
+        return
+    old = found == 1
+    raise RegistryError(
+        f"{where} has format {found!r}, this peftkit reads format {FORMAT!r}",
+        expected=f"format {FORMAT!r}" + ("; 1 was a development version before 0.1" if old else ""),
+        hint="FORMAT.md, section 8, says how to take its adapters over" if old else "pip install --upgrade peftkit",
+    )
 
 
 def read(folder: Path, name: str, version_id: str) -> Manifest:
@@ -194,24 +202,41 @@ def read(folder: Path, name: str, version_id: str) -> Manifest:
     hint = f"peftkit verify {name}"
     expected = "the manifest that was published"
     try:
-        raw = strict_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+        written = read_plain(path, LARGEST_MANIFEST)
+    except OSError as error:
         raise AdapterDamaged(f"{path} cannot be read: {error}", expected=expected, hint=hint) from error
-    if not isinstance(raw, dict):
-        raise AdapterDamaged(f"{path} is not a JSON object", expected=expected, hint=hint)
-    check_format(raw.get("format"), path)
-    computed = compute_id(raw)
-    if not computed == raw.get("id") == version_id:
+    if compute_id(written) != version_id:
         raise AdapterDamaged(
-            f"{path} was changed: its content gives the id {computed}, it says {raw.get('id')!r}",
+            f"{path} was changed: its bytes give the id {compute_id(written)}",
             expected=f"{version_id}, the name of its folder",
             hint=hint,
         )
+    manifest = decode(written, path)
+    if manifest.name != name:
+        raise AdapterDamaged(f"{path} belongs to the adapter {manifest.name!r}", expected=repr(name), hint=hint)
+    return manifest
+
+
+def decode(written: bytes, path: Path) -> Manifest:
+    """The manifest that `written` spells; AdapterDamaged says what does not follow FORMAT.md, `path` where."""
+    expected = "a manifest as FORMAT.md, section 5, defines it"
+    try:
+        raw = strict_json(written)
+    except ValueError as error:
+        raise AdapterDamaged(f"{path} cannot be read: {error}", expected=expected) from error
+    if not isinstance(raw, dict):
+        raise AdapterDamaged(f"{path} is not a JSON object", expected=expected)
+    check_format(raw.get("format"), path)
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise AdapterDamaged(f"{path} does not follow FORMAT.md: {problems}", expected=expected, hint=hint) from error
-    if manifest.name != name:
-        raise AdapterDamaged(f"{path} belongs to the adapter {manifest.name!r}", expected=repr(name), hint=hint)
+        raise AdapterDamaged(f"{path} does not follow FORMAT.md: {problems}", expected=expected) from error
+    read = manifest.model_dump(mode="json")
+    if differ := sorted(field for field in read if field not in raw or read[field] != raw[field]):
+        # Another reader would not know the value that stands for what was left out or spelt in another way.
+        raise AdapterDamaged(
+            f"{path} does not follow FORMAT.md: {', '.join(differ)}: a field is missing or spelt in another way",
+            expected=expected,
+        )
     return manifest

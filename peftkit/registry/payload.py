@@ -44,14 +44,17 @@ def inspect(folder: Path, kind: str) -> list[str]:
 
 
 def copy(source: Path, target: Path, relatives: list[str]) -> dict[str, File]:
-    """Copy the files into the new folder `target`, durably, and return what the manifest says about them."""
+    """Copy the files into the new folder `target` and return what the manifest says about them.
+
+    Everything below `target` is durable then; the caller syncs `target` once the manifest is in it.
+    """
     target.mkdir()
     files: dict[str, File] = {}
-    folders = {target}
+    folders: set[Path] = set()
     for relative in relatives:
         path = target / relative
         path.parent.mkdir(parents=True, exist_ok=True)
-        folders.update(parent for parent in path.parents if parent.is_relative_to(target))
+        folders.update(parent for parent in path.parents if target in parent.parents)
         digest, size = copy_file(source / relative, path)
         files[relative] = File(sha256=digest, bytes=size)
     for folder in sorted(folders, reverse=True):

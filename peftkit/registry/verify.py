@@ -8,11 +8,22 @@ from pathlib import Path
 
 from peftkit.canonical import strict_json
 from peftkit.errors import RegistryError
+from peftkit.registry import aliases, bases
 from peftkit.registry import manifest as manifests
 from peftkit.registry.durable import digest_file
 from peftkit.registry.headers import header_problems
-from peftkit.registry.layout import LATEST, MANIFEST, REQUIRED_FILES, Layout, is_alias, is_name, is_version_id
+from peftkit.registry.layout import (
+    LATEST,
+    MANIFEST,
+    REQUIRED_FILES,
+    Layout,
+    is_alias,
+    is_name,
+    is_record_name,
+    is_version_id,
+)
 from peftkit.registry.manifest import File, Version
+from peftkit.registry.writing import check_root_format
 
 
 def check(version: Version, read_data: bool = True) -> list[str]:
@@ -55,17 +66,28 @@ def content_problems(path: Path) -> list[str]:
 
 
 def check_root(root: Path, *, read_data: bool = True) -> dict[str, list[str]]:
-    """All problems of a registry, by reference (`name@id`, `name@alias`, `name`); empty when it is sound."""
+    """All problems of a registry, by reference (`name@id`, `name@alias`, `name`) or path; empty when it is sound."""
     layout = Layout(root)
     problems: dict[str, list[str]] = {}
-    for folder in sorted(root.iterdir()) if root.is_dir() else []:
-        if folder.is_symlink() or not folder.is_dir() or folder == layout.tmp:
-            continue
-        if is_name(folder.name):
-            problems |= _adapter_problems(layout, folder.name, read_data)
-        elif (folder / "versions").is_dir():
-            problems[folder.name] = [f"{folder.name!r} cannot be the name of an adapter; readers pass it over."]
-    return problems
+    try:
+        check_root_format(layout)
+    except RegistryError as error:
+        problems[layout.marker.name] = [f"{error.fact}."]
+    own = {layout.tmp, layout.bases, layout.relations, layout.marker, layout.lock}
+    for entry in sorted(root.iterdir()) if root.is_dir() else []:
+        if entry in own or entry.name.startswith(layout.index.name) or not entry.is_dir():
+            continue  # a README or a .gitignore may stand beside the adapters
+        if entry.is_symlink():
+            problems[entry.name] = ["It is a symbolic link; readers pass it over."]
+        elif is_name(entry.name):
+            try:
+                problems |= _adapter_problems(layout, entry.name, read_data)
+            except FileNotFoundError:
+                if entry.exists():  # otherwise the adapter was removed just now
+                    raise
+        elif (entry / "versions").is_dir():
+            problems[entry.name] = [f"{entry.name!r} cannot be the name of an adapter; readers pass it over."]
+    return {where: found for where, found in (problems | bases.problems(layout)).items() if found}
 
 
 def _adapter_problems(layout: Layout, name: str, read_data: bool) -> dict[str, list[str]]:
@@ -74,30 +96,42 @@ def _adapter_problems(layout: Layout, name: str, read_data: bool) -> dict[str, l
     known = sorted(entry.name for entry in versions.iterdir()) if versions.is_dir() else []
     for version_id in known:
         if is_version_id(version_id):
-            problems[f"{name}@{version_id}"] = check_folder(
-                versions / version_id, name, version_id, read_data=read_data
-            )
+            folder = versions / version_id
+            found = check_folder(folder, name, version_id, read_data=read_data)
+            found += _record_problems(layout, folder, name, version_id)
+            problems[f"{name}@{version_id}"] = found if folder.exists() else []  # it may have been removed just now
         else:
             problems[f"{name}@{version_id}"] = [f"{version_id!r} is no version id; readers pass it over."]
-    aliases = layout.aliases(name)
-    named = sorted(aliases.iterdir()) if aliases.is_dir() else []
-    for path in named:
-        problems[f"{name}@{path.name}"] = _alias_problems(path, known)
-    if known and LATEST not in {path.name for path in named}:
+    for extra in sorted({entry.name for entry in layout.adapter(name).iterdir()} - {"versions", "aliases"}):
+        problems[f"{name}/{extra}"] = ["It is not part of a registry."]
+    folder = layout.aliases(name)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        problems[f"{name}@{path.name}"] = _alias_problems(layout, name, path)
+    if known and not aliases.numbers(layout, name, LATEST):
         problems[name] = [f"It has no alias {LATEST!r}: its first publish was cut off before the end."]
-    return {reference: found for reference, found in problems.items() if found}
+    return problems
 
 
-def _alias_problems(path: Path, known: list[str]) -> list[str]:
+def _record_problems(layout: Layout, folder: Path, name: str, version_id: str) -> list[str]:
+    try:
+        record = manifests.read(folder, name, version_id).base.record
+    except RegistryError:
+        return []  # `check_folder` says so
+    if record is None or record in bases.ids(layout.bases):
+        return []
+    return [f"It names the base record {record}, which is missing."]
+
+
+def _alias_problems(layout: Layout, name: str, path: Path) -> list[str]:
     if not is_alias(path.name):
         return [f"{path.name!r} cannot be an alias; readers pass it over."]
-    try:
-        target = path.read_bytes()
-    except OSError as error:
-        return [f"The alias {path.name!r} cannot be read: {error}."]
-    if target.decode("latin-1") not in {f"{version_id}\n" for version_id in known}:
-        return [f"The alias {path.name!r} holds {target[:40]!r}, which is no version here."]
-    return []
+    if path.is_symlink() or not path.is_dir():
+        return ["It is not a folder of records."]
+    strange = sorted(entry.name for entry in path.iterdir() if not is_record_name(entry.name))
+    return [
+        *(f"{entry!r} is no record; readers pass it over." for entry in strange),
+        *aliases.problems(layout, name, path.name),
+    ]
 
 
 def _walk(folder: Path) -> tuple[set[str], list[str]]:
@@ -107,14 +141,17 @@ def _walk(folder: Path) -> tuple[set[str], list[str]]:
     for parent, folders, files in os.walk(folder):
         for entry in sorted(folders + files):
             path = Path(parent, entry)
-            mode = path.lstat().st_mode
             relative = path.relative_to(folder).as_posix()
-            if stat.S_ISREG(mode):
-                found.add(relative)
-            elif not stat.S_ISDIR(mode):
-                problems.append(f"{relative} is not a plain file.")
-            elif not any(path.iterdir()):
-                problems.append(f"{relative} is an empty folder that was not published.")
+            try:
+                mode = path.lstat().st_mode
+                if stat.S_ISREG(mode):
+                    found.add(relative)
+                elif not stat.S_ISDIR(mode):
+                    problems.append(f"{relative} is not a plain file.")
+                elif not any(path.iterdir()):
+                    problems.append(f"{relative} is an empty folder that was not published.")
+            except OSError as error:  # among others: the version is being removed
+                problems.append(f"{relative} cannot be read: {error}.")
     return found, problems
 
 

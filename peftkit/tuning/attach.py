@@ -1,142 +1,133 @@
 """Attach registered adapters to one backbone, swap between them, and take them off again.
 
-The base's bytes never change: adapters are added beside its layers, and detaching the last one gives the layers back.
+Each adapter gets a model of its own: a skeleton of the base (skeleton.py) with the adapter's layers in it. The base's
+layers and tensors are shared and never changed, the running models are never touched, and a swap is which model is
+handed out. Adapters of any method and kind lie side by side.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes with its Hub kernels
-
-# isort: split
-
-from peft import PeftModel
-
 from peftkit.backbone.load import Backbone, load_backbone
+from peftkit.backbone.locate import locate_again
 from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec
-from peftkit.errors import PeftkitError, TuningError
+from peftkit.errors import TuningError
 from peftkit.events import Report, silent
 from peftkit.registry.store import Version
-from peftkit.tuning.fit import check_bare, check_base, check_tensors, check_version
+from peftkit.tuning.fit import check_bare, check_base
 from peftkit.tuning.inject import Tuned
 from peftkit.tuning.methods import AdapterSpec
+from peftkit.tuning.resident import Resident, Spares, check_config_of, explained, inject_stored
 from peftkit.tuning.snapshot import Snapshot
+from peftkit.tuning.stored import Stored, read
+
+
+@dataclass(frozen=True)
+class _State:
+    """Everything that an operation may change; replaced by one assignment, so it is the old one or the new one."""
+
+    active: str | None = None
+    residents: Mapping[str, Resident] = field(default_factory=dict)
+    receipts: tuple[dict[str, Any], ...] = ()
 
 
 class Attached:
-    """Adapters beside one backbone; at most one is active, None means the base alone."""
+    """Adapters beside one backbone; at most one is active, None means the base alone.
+
+    Models may be called from several threads while another attaches or swaps; only one may change the host at a time.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self.active: str | None = None
-        self._versions: dict[str, Version] = {}
-        self._labels: dict[str, str] = {}
-        self._count = 0
-        self._peft: PeftModel | None = None
-        self._bare: Snapshot | None = None
+        self._state = _State()
+        self._spares = Spares()
+
+    @property
+    def active(self) -> str | None:
+        """Name of the active adapter."""
+        return self._state.active
 
     @property
     def model(self) -> Any:
-        """What to call: the base, or the base with the active adapter."""
-        return self.backbone.model if self._peft is None else self._peft
+        """What to call: the base, or the base with the active adapter. It stays that adapter's after a swap."""
+        state = self._state
+        return self.backbone.model if state.active is None else state.residents[state.active].model
 
     @property
     def versions(self) -> dict[str, Version]:
         """Attached versions by name."""
-        return dict(self._versions)
+        return {name: resident.version for name, resident in self._state.residents.items()}
+
+    @property
+    def receipts(self) -> tuple[dict[str, Any], ...]:
+        """What was gone on with by an explicit flag, for the manifest of whatever is made here."""
+        return self._state.receipts
 
     def attach(
         self, version: Version, name: str | None = None, *, other_base: bool = False, report: Report = silent
     ) -> str:
         """Load a version beside the base under `name` and return that name; it is not active yet.
 
-        Raises BaseMismatch when the version belongs to another base (unless `other_base`), AdapterDamaged when its
-        files differ from its manifest, TuningError when it does not fit. Whatever is raised, nothing has changed.
+        A version that is attached under this name already stays as it is: its id is its content. Raises BaseMismatch
+        when the version belongs to another base (unless `other_base`), AdapterDamaged when its files differ from its
+        manifest, TuningError when it does not fit. Whatever is raised, nothing has changed.
         """
         name = name or version.name
-        if name in self._versions:
-            raise TuningError(f"an adapter named {name!r} is already attached", hint="detach it, or choose a name")
-        check_version(version)
-        check_base(version, self.backbone, other_base=other_base, report=report)
-        if self._peft is None:
-            check_bare(self.backbone)
-            self._bare = Snapshot(self.backbone.model)
-        # PEFT uses the label as a module name, where dots are not allowed and names could collide.
-        label, peft = f"adapter_{self._count}", self._peft
-        with _undone_on_error(self.model, version):
-            if peft is None:
-                peft = PeftModel.from_pretrained(self.backbone.model, str(version.path), adapter_name=label)
-            else:
-                peft.load_adapter(str(version.path), adapter_name=label)
-            check_tensors(peft, version, label)
-        self._peft, self._count = peft, self._count + 1
-        self._versions[name], self._labels[name] = version, label
-        peft.eval()
-        self.activate(self.active)
+        present = self._state.residents.get(name)
+        if present is not None and present.version.reference == version.reference:
+            return name
+        if present is not None:
+            raise TuningError(
+                f"{present.version.reference} is already attached under the name {name!r}",
+                hint="detach it, or choose a name",
+            )
+        stored = read(version)
+        check_config_of(stored, self.backbone)
+        receipts = check_base(version, self.backbone, other_base=other_base, report=report)
+        check_bare(self.backbone)
+        resident = self._spares.build(self.backbone, stored)
+        state = self._state
+        known = [receipt for receipt in receipts if receipt not in state.receipts]
+        self._state = replace(state, residents={**state.residents, name: resident}, receipts=(*state.receipts, *known))
         return name
 
     def activate(self, name: str | None) -> None:
         """Make one attached adapter current, or none. Raises TuningError for an unknown name."""
-        if name is not None and name not in self._versions:
-            known = ", ".join(sorted(self._versions)) or "none"
-            raise TuningError(f"no adapter named {name!r} is attached", expected=f"one of: {known}")
-        if self._peft is not None:
-            if name is None:
-                self._peft.base_model.disable_adapter_layers()
-            else:
-                self._peft.base_model.enable_adapter_layers()
-                self._peft.set_adapter(self._labels[name])
-            self._peft.requires_grad_(False)
-        self.active = name
+        if name is not None:
+            self._known(name)
+        self._state = replace(self._state, active=name)
 
     def detach(self, name: str) -> None:
-        """Remove an adapter; the last one gives the base its own layers back."""
-        if name not in self._versions or self._peft is None:
-            known = ", ".join(sorted(self._versions)) or "none"
-            raise TuningError(f"no adapter named {name!r} is attached", expected=f"one of: {known}")
-        if self.active == name:
-            self.activate(None)
-        del self._versions[name]
-        label = self._labels.pop(name)
-        if self._versions:
-            self._peft.delete_adapter(label)
-            self.activate(self.active)
-        elif self._bare is not None:
-            self._bare.restore()
-            self._peft = self._bare = None
+        """Remove an adapter and free its tensors; models of it that were handed out can no longer be called."""
+        resident = self._known(name)
+        state = self._state
+        left = {other: kept for other, kept in state.residents.items() if other != name}
+        self._state = replace(state, active=None if state.active == name else state.active, residents=left)
+        self._spares.take(resident)
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[Any]:
         """Activate `name` for a block and return to what was active before, whatever happens inside."""
         before = self.active
-        self.activate(name)
         try:
+            self.activate(name)
             yield self.model
         finally:
-            self.activate(before)
+            # The block may have detached what was active before.
+            self.activate(before if before in self._state.residents else None)
 
-
-@contextmanager
-def _undone_on_error(model: Any, version: Version) -> Iterator[None]:
-    """Restore `model` when the block fails, and say TuningError for what PEFT raises about a version's files."""
-    before = Snapshot(model)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except BaseException as error:
-        before.restore()
-        if isinstance(error, PeftkitError) or not isinstance(error, Exception):
-            raise
-        # PEFT raises whatever its code runs into: KeyError, TypeError, ValueError, RuntimeError, AttributeError.
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
-        raise TuningError(f"{version.reference} does not fit the base: {reason}") from error
+    def _known(self, name: str) -> Resident:
+        residents = self._state.residents
+        if name not in residents:
+            known = ", ".join(sorted(residents)) or "none"
+            raise TuningError(f"no adapter named {name!r} is attached", expected=f"one of: {known}")
+        return residents[name]
 
 
 def attach(backbone: Backbone, *versions: Version, other_base: bool = False, report: Report = silent) -> Attached:
@@ -169,9 +160,35 @@ def resume_adapter(
     `asked` names the fields of `spec` that the user set; without it, those that differ from their default. Raises
     TuningError when they ask for another adapter than the parent's: its shape is fixed by its tensors.
     """
-    check_version(version)
-    check_base(version, backbone, other_base=other_base, report=report)
+    stored = read(version)
+    check_config_of(stored, backbone)
+    _check_trained_here(stored)
+    receipts = check_base(version, backbone, other_base=other_base, report=report)
     check_bare(backbone)
+    parent = _parent_spec(version, spec, asked)
+    before = Snapshot(backbone.model)
+    try:
+        with explained(version):
+            model, _ = inject_stored(backbone.model, stored, backbone.device, trainable=True)
+    except BaseException:
+        before.restore()
+        raise
+    relation = {"name": version.name, "version": version.id, "relation": "continued"}
+    return Tuned(model, backbone, parent, (relation,), receipts)
+
+
+def _check_trained_here(stored: Stored) -> None:
+    """Raise TuningError for an adapter that can be attached, but has more than what `inject` makes."""
+    method, config = stored.config.get("peft_type", f"kind {stored.version.manifest.kind!r}"), stored.config
+    extras = [key for key in ("modules_to_save", "trainable_token_indices", "lora_bias") if config.get(key)]
+    if method != "LORA" or extras:
+        raise TuningError(
+            f"{stored.version.reference} is of {' with '.join([method, *extras])} and cannot be continued",
+            expected="LORA with none but its two matrices, or DoRA's magnitudes",
+        )
+
+
+def _parent_spec(version: Version, spec: AdapterSpec, asked: Collection[str] | None) -> AdapterSpec:
     recorded = version.manifest.adapter
     parent = AdapterSpec.model_validate({key: recorded[key] for key in AdapterSpec.model_fields if key in recorded})
     if asked is None:
@@ -185,11 +202,7 @@ def resume_adapter(
             expected="the parent's own adapter settings",
             hint="leave adapter.* out when continuing from an adapter",
         )
-    with _undone_on_error(backbone.model, version):
-        model = PeftModel.from_pretrained(backbone.model, str(version.path), is_trainable=True)
-        check_tensors(model, version, "default")
-    relation = {"name": version.name, "version": version.id, "relation": "continued"}
-    return Tuned(model, backbone, parent, (relation,))
+    return parent
 
 
 def open_adapters(
@@ -207,7 +220,8 @@ def open_adapters(
     the adapters are loaded.
     """
     recorded = versions[0].manifest.base
-    spec = BaseSpec(source=base or recorded.source, revision=None if base else recorded.revision)
+    known = BaseSpec(source=base) if base else None
+    spec = known or locate_again(recorded.source, recorded.revision, recorded.record, cache)
     backbone = load_backbone(spec, _quant(recorded.quantization or {}, bits), cache, report=report)
     return attach(backbone, *versions, other_base=other_base, report=report)
 

@@ -34,6 +34,8 @@ class Tuned:
     spec: AdapterSpec
     parents: tuple[dict[str, str], ...] = field(default=())
     """Versions that this adapter continues, for the lineage."""
+    receipts: tuple[dict[str, Any], ...] = field(default=())
+    """What was gone on with by an explicit flag, for the manifest."""
 
     @property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
@@ -100,8 +102,7 @@ def save_adapter(tuned: Tuned, folder: Path) -> Path:
     path = folder / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     base = tuned.backbone.base
-    # An adapter travels; a path of this machine would mean nothing elsewhere, and tell where it was trained.
-    config["base_model_name_or_path"] = Path(base.source).name if base.kind in ("folder", "gguf") else base.source
+    config["base_model_name_or_path"] = base.portable
     config["revision"] = base.revision
     config["target_modules"] = _sorted(config.get("target_modules"))
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,11 +6,13 @@ last adapter is unloaded. A snapshot holds references, not copies of tensors, so
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 from torch import nn
 
-_CONTAINERS = (dict, list, set)
+# A module's hooks lie in an OrderedDict.
+_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 class Snapshot:

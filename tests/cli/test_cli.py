@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_bases import write_base
 
 from peftkit.cli.main import main
 
@@ -61,7 +62,9 @@ def test_list_show_and_tag(cli: Cli) -> None:
     (listed,) = reply(cli("list", "--json"))
     version = listed["id"]
     assert "lamps" in cli("list")[1]
-    assert reply(cli("show", "lamps", "--json")) == listed
+    shown = reply(cli("show", "lamps", "--json"))
+    assert (shown["id"], shown["aliases"], shown["run"]) == (version, ["latest"], listed["run"])
+    assert shown["base"]["source"] == listed["base"] == "tiny"
     text = cli("show", f"lamps@{version[:6]}")[1]
     for fact in (version, "nf4+dq", "qlora_sft", "rows.jsonl", "retention", "answer NLL"):
         assert fact in text
@@ -89,6 +92,42 @@ def test_eval_measures_base_and_adapter(cli: Cli) -> None:
     plain = cli("eval", "lamps", "--data", "rows.jsonl", "--set", "max_generated_rows=0", "--set", "retention=null")
     assert plain[0] == 0
     assert "adapter − base" in plain[1]
+
+
+def test_generate_answers_once_per_adapter_on_one_base(cli: Cli) -> None:
+    version = reply(cli("show", "lamps", "--json"))["id"]
+    asked = ("generate", "lamp?", "--adapter", "lamps", "--adapter", f"lamps@{version}", "--max-new-tokens", "3")
+    value = reply(cli(*asked, "--with-base", "--json"))
+    assert [each["adapter"] for each in value["answers"]] == [None, f"lamps@{version}"], "one version, one answer"
+    assert value["receipts"] == []
+    code, out, err = cli(*asked)
+    assert code == 0, err
+    assert out.startswith(f"lamps@{version}:\n")
+    assert cli("generate", "lamp?")[0] == 2
+
+
+def test_an_adapter_on_another_base_is_refused_or_recorded(cli: Cli, home: Path, tiny_base: Path) -> None:
+    other = write_base(home / "other", seed=5)
+    asked = ("generate", "lamp?", "--adapter", "lamps", "--max-new-tokens", "2", "--base", str(other), "--json")
+    code, _, err = cli(*asked)
+    assert code == 1
+    assert "was trained on tiny" in err
+    assert "differ in their bytes" in err
+    (receipt,) = reply(cli(*asked, "--other-base"))["receipts"]
+    assert (receipt["type"], receipt["differs"], receipt["relation"]) == ("other_base", ["weights"], None)
+    relation = reply(cli("base", "relate", str(other), str(tiny_base), "--json"))
+    assert relation["kind"] == "other"
+    assert "measured between them" in cli(*asked)[2]
+    settings = [f"base={other}", "data.train=rows.jsonl", "train.max_steps=1", "evaluate.max_generated_rows=0"]
+    continued = ["train", "qlora_sft", *settings, "evaluate.retention=null", "init_from=lamps", "save_as=moved"]
+    assert cli(*continued)[0] == 1
+    assert cli(*continued, "--other-base")[0] == 0
+    manifest = reply(cli("show", "moved", "--json"))
+    assert [receipt["type"] for receipt in manifest["receipts"]] == ["other_base"]
+    assert manifest["receipts"][0]["relation"]["id"]
+    assert manifest["parents"][0]["name"] == "lamps"
+    assert "lamps@" in cli("log", "moved")[1]
+    assert cli("verify", "--read-data")[0] == 0
 
 
 def test_chat_answers_once(cli: Cli) -> None:

@@ -93,6 +93,7 @@ def test_every_count_is_one_that_can_be_made_by_hand(tokenizer: Tokenizer, rows:
         "rows": 3,
         "tokens": 94,
         "dropped": 0,
+        "license": None,
     }
     assert [example.row for example in result.train.examples] == [0, 1, 2]
     assert told.warnings == []

@@ -48,7 +48,7 @@ def make_draft() -> Callable[..., Draft]:
         fields: dict[str, Any] = {
             "kind": kind,
             "created": created,
-            "base": {"source": "Qwen/Qwen3-4B", "revision": None, "fingerprint": "f" * 64, "parts": {"weights": "w"}},
+            "base": {"source": "Qwen/Qwen3-4B", "fingerprint": "f" * 64, "parts": {"weights": "3" * 64}},
             "adapter": {"method": "lora", "r": 2},
             "recipe": {"name": "qlora_sft", "sha256": "1" * 64, "config": {"lr": 1e-4}},
             "data": [{"role": "train", "source": "tickets.jsonl", "sha256": "2" * 64, "rows": 10}],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from peftkit.errors import RegistryError
-from peftkit.registry import Draft, Registry, is_alias, is_name, parse_reference
+from peftkit.registry import Draft, Registry, is_alias, is_name, parse_reference, remove, remove_adapter
 from peftkit.registry.headers import header_problems
 from peftkit.registry.layout import Layout, check_alias, check_file, check_name
 
@@ -45,6 +45,11 @@ def test_bad_names_are_refused_everywhere_and_write_nothing(
         lambda: registry.aliases(name),
         lambda: registry.tag(name, "prod"),
         lambda: registry.history(name),
+        lambda: registry.history(name, "prod"),
+        lambda: registry.restore(name),
+        lambda: registry.untag(name, "prod"),
+        lambda: remove(registry, name),
+        lambda: remove_adapter(registry, name),
     ):
         with pytest.raises(RegistryError):
             call()
@@ -60,6 +65,10 @@ def test_bad_aliases_are_refused_and_write_nothing(
         registry.publish("tickets", make_payload(), make_draft(), aliases=[alias])
     with pytest.raises(RegistryError):
         registry.tag("tickets", alias)
+    with pytest.raises(RegistryError):
+        registry.untag("tickets", alias)
+    with pytest.raises(RegistryError):
+        registry.history("tickets", alias)
     assert not registry.root.exists()
 
 
@@ -140,11 +149,13 @@ def damaged_payload(folder: Path, how: str) -> None:
             (folder / "Adapter_config.json").write_text("{}")
         case "manifest":
             (folder / "manifest.json").write_text("{}")
+        case "base record":
+            (folder / "base.json").write_text("{}")
 
 
 HOWS = [
     "pickle", "other file", "link", "link to a folder", "link up", "pipe", "bad name in a folder", "no config",
-    "pickle called safetensors", "cut off", "bad json", "case", "manifest",
+    "pickle called safetensors", "cut off", "bad json", "case", "manifest", "base record",
 ]  # fmt: skip
 
 
@@ -189,8 +200,12 @@ def test_a_linked_adapter_folder_is_not_written_through(
     [
         {"metrics": {"after": {"loss": math.nan}}},
         {"adapter": {"deep": [{"x": math.inf}]}},
-        {"receipts": [{"x": -math.inf}]},
-        {"base": {"source": "x", "fingerprint": "f", "quantization": {"a": math.nan}}},
+        {"receipts": [{"type": "import", "x": -math.inf}]},
+        {"receipts": [{"x": 1}]},
+        {"base": {"source": "x", "fingerprint": "f"}},
+        {"base": {"source": "x", "fingerprint": "f" * 64, "parts": {"weights": "w"}}},
+        {"base": {"source": "x", "fingerprint": "f" * 64, "parts": {"surprise": "3" * 64}}},
+        {"base": {"source": "x", "fingerprint": "f" * 64, "quantization": {"a": math.nan}}},
         {"surprise": 1},
         {"kind": "pickle"},
         {"created": "2026-01-31T09:30:00"},

@@ -37,26 +37,21 @@ def registry(tmp_path: Path) -> Any:
 
 
 def _draft(tuned: Any) -> dict[str, Any]:
-    backbone = tuned.backbone
-    base = {
-        "source": backbone.base.source,
-        "revision": backbone.base.revision,
-        "fingerprint": backbone.identity.fingerprint,
-        "parts": backbone.identity.parts(),
-        "quantization": backbone.quantization_record(),
-    }
+    from peftkit.recipe.run import base_fields
+
+    base = base_fields(tuned.backbone)
     return {"kind": "peft", "base": base, "adapter": tuned.spec.model_dump(), "parents": list(tuned.parents)}
 
 
 @pytest.fixture(scope="session")
-def payloads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, Any]]]:
+def payloads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
     """Saved adapters by what they were made of, so that a hundred tests save a dozen adapters."""
     return {"": (tmp_path_factory.mktemp("payloads"), {})}
 
 
 @pytest.fixture
 def adapter(
-    load: Callable[..., Any], registry: Any, tmp_path: Path, payloads: dict[str, tuple[Path, dict[str, Any]]]
+    load: Callable[..., Any], registry: Any, tmp_path: Path, payloads: dict[str, tuple[Any, ...]]
 ) -> Callable[..., Any]:
     """Publish an adapter of the tiny base whose every tensor is random: it moves the logits a good deal.
 
@@ -68,7 +63,7 @@ def adapter(
     from peftkit.tuning.inject import inject, save_adapter
     from peftkit.tuning.methods import AdapterSpec
 
-    def make(folder: Path | None, seed: int, bits: int, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    def make(folder: Path | None, seed: int, bits: int, settings: dict[str, Any]) -> tuple[Any, ...]:
         key = repr((folder, seed, bits, sorted(settings.items())))
         if key not in payloads:
             tuned = inject(load(folder, bits=bits), AdapterSpec(r=4, lora_alpha=8, seed=seed, **settings))
@@ -76,7 +71,8 @@ def adapter(
             with torch.no_grad():
                 for parameter in tuned.trainable.values():
                     parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-            payloads[key] = save_adapter(tuned, payloads[""][0] / str(len(payloads))), _draft(tuned)
+            folder = save_adapter(tuned, payloads[""][0] / str(len(payloads)))
+            payloads[key] = folder, _draft(tuned), tuned.backbone.identity.record
         return payloads[key]
 
     def adapter(
@@ -88,9 +84,26 @@ def adapter(
         change: Callable[[Path], None] = lambda folder: None,
         **settings: Any,
     ) -> Any:
-        source, fields = make(folder, seed, bits, settings)
+        source, fields, record = make(folder, seed, bits, settings)
         payload = Path(shutil.copytree(source, tmp_path / "payload" / name, dirs_exist_ok=True))
         change(payload)
-        return registry.publish(name, payload, Draft.model_validate(fields))
+        return registry.publish(name, payload, Draft.model_validate(fields), base=record)
 
     return adapter
+
+
+@pytest.fixture
+def publish(load: Callable[..., Any], registry: Any) -> Callable[..., Any]:
+    """Publish a folder as an adapter of the tiny base, of kind `peft` unless told."""
+    from peftkit.registry.manifest import Draft
+
+    bases: dict[Path | None, dict[str, Any]] = {}
+
+    def publish(name: str, folder: Path, kind: str = "peft", base: Path | None = None) -> Any:
+        if base not in bases:
+            backbone = load(base, bits=32)
+            identity = {"fingerprint": backbone.identity.fingerprint, "parts": backbone.identity.parts()}
+            bases[base] = {"source": backbone.base.source, **identity}
+        return registry.publish(name, folder, Draft(kind=kind, base=bases[base]))
+
+    return publish

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,75 @@ def test_the_same_version_under_two_names(load: Callable[..., Any], adapter: Cal
     assert host.attach(version, "again.v2") == "again.v2"
     host.activate("again.v2")
     assert torch.equal(logits(host.model), expected)
-    with pytest.raises(TuningError, match="already attached"):
-        host.attach(version)
+    assert host.attach(version) == "tickets"
+
+
+def test_attaching_twice_is_attaching_once(load: Callable[..., Any], adapter: Callable[..., Any]) -> None:
+    version = adapter()
+    host = attach(load(bits=4), version)
+    before, model = picture(host), host.model
+    shutil.rmtree(version.path)  # identity is the digest: nothing is read again
+    assert host.attach(version) == "tickets"
+    assert differences(before, picture(host)) == []
+    assert host.model is model
+
+
+def test_another_version_under_the_same_name_is_refused(load: Callable[..., Any], adapter: Callable[..., Any]) -> None:
+    host = attach(load(bits=4), adapter(seed=1))
+    before = picture(host)
+    with pytest.raises(TuningError, match="already attached under the name 'tickets'"):
+        host.attach(adapter(seed=2))
+    assert differences(before, picture(host)) == []
+
+
+def test_a_model_stays_its_adapters_after_a_swap(load: Callable[..., Any], adapter: Callable[..., Any]) -> None:
+    host = attach(load(bits=4), adapter("a", seed=1), adapter("b", seed=2))
+    first = host.model
+    expected = logits(first)
+    host.activate("b")
+    assert torch.equal(logits(first), expected)
+    assert not torch.equal(logits(host.model), expected)
+    assert not torch.equal(logits(host.backbone.model), expected)
+
+
+def test_a_detached_model_cannot_be_called_and_its_parts_serve_the_next(
+    load: Callable[..., Any], adapter: Callable[..., Any]
+) -> None:
+    host = attach(load(bits=4), adapter("a", seed=1))
+    gone, inner = host.model, host.model.get_base_model()
+    host.detach("a")
+    host.activate(host.attach(adapter("b", seed=2)))
+    assert host.model.get_base_model() is inner
+    assert torch.equal(logits(host.model), logits(attach(load(bits=4), adapter("plain", seed=2)).model))
+    with pytest.raises(AttributeError):
+        logits(gone)
+
+
+def test_what_was_hashed_is_what_is_loaded(
+    load: Callable[..., Any], adapter: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are swapped for others at every moment after the first look: the digest is of the bytes in use."""
+    from peftkit.tuning import stored
+
+    backbone, wanted, other = load(bits=4), adapter("a", seed=1), adapter("b", seed=2)
+    expected = logits(attach(backbone, wanted).model)
+
+    def swap() -> None:
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (wanted.path / name).chmod(0o644)
+            (wanted.path / name).write_bytes((other.path / name).read_bytes())
+
+    def late(version: Any, read: Any = stored.read) -> Any:
+        found = read(version)
+        swap()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peftkit.tuning.attach.read", late)
+        assert torch.equal(logits(attach(backbone, wanted).model), expected)
+    # The header is that of the manifest, the size too: only the digest can tell.
+    with pytest.raises(AdapterDamaged, match="digest"):
+        attach(backbone, wanted)
 
 
 def test_unknown_names(load: Callable[..., Any], adapter: Callable[..., Any]) -> None:
@@ -208,12 +276,19 @@ def test_using_returns_to_what_was_active(load: Callable[..., Any], adapter: Cal
     before = picture(host)
     with host.using("b") as model, host.using(None):
         assert host.active is None
-    assert model is host.model
+    assert model is not host.model
     with pytest.raises(KeyError, match="inside"), host.using("b"):
         raise KeyError("inside")
     with pytest.raises(TuningError, match="no adapter named"), host.using("c"):
         pytest.fail("must not be entered")
     assert differences(before, picture(host)) == []
+
+
+def test_using_when_the_block_detaches_what_was_active(load: Callable[..., Any], adapter: Callable[..., Any]) -> None:
+    host = attach(load(bits=4), adapter("a"), adapter("b", seed=2))
+    with host.using("b"):
+        host.detach("a")
+    assert host.active is None
 
 
 # -- what does not fit
@@ -376,9 +451,34 @@ def test_other_bases_are_used_when_asked_and_said(
     )
     assert host.active == "bad"
     assert [event.text for event in said if isinstance(event, Warned) and "differs in: weights" in event.text]
+    version, identity = host.versions["bad"], host.backbone.identity
+    trained_on = {"source": version.manifest.base.source, "fingerprint": version.manifest.base.fingerprint}
+    used_on = {"source": host.backbone.base.portable, "fingerprint": identity.fingerprint, "parts": identity.parts()}
+    assert host.receipts == (
+        {
+            "type": "other_base",
+            "version": version.reference,
+            "trained_on": {**trained_on, "parts": dict(version.manifest.base.parts)},
+            "used_on": used_on,
+            "differs": ["weights"],
+            "relation": None,
+        },
+    )
+    host.detach("bad")
+    host.attach(version, other_base=True)
+    assert len(host.receipts) == 1
 
 
-@pytest.mark.parametrize("part", ["weights", "config", "tokenizer", "special_tokens", "chat_template"])
+DETAILS = {
+    "weights": "differ in their bytes",
+    "config": "rms_norm_eps 1e-06 → 0.001",
+    "tokenizer": "the tokenizer",
+    "special_tokens": "eos_token",
+    "chat_template": "the chat template",
+}
+
+
+@pytest.mark.parametrize("part", sorted(DETAILS))
 def test_a_mismatch_names_what_differs(
     load: Callable[..., Any],
     adapter: Callable[..., Any],
@@ -406,7 +506,69 @@ def test_a_mismatch_names_what_differs(
         template.write_text(template.read_text() + " ")
     with pytest.raises(BaseMismatch) as caught:
         attach(load(folder, bits=4), version)
-    assert caught.value.fact.endswith(f"differs in: {part.replace('_', ' ')}")
+    first, *details = caught.value.fact.split("\n- ")
+    assert f"differs in: {part.replace('_', ' ')}" in first
+    assert ("the weights are the same" in first) is (part != "weights")
+    assert any(DETAILS[part] in detail for detail in details), details
+    assert "--other-base" in str(caught.value.hint)
+
+
+def test_more_embedding_rows_are_counted(
+    load: Callable[..., Any], adapter: Callable[..., Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    version = adapter()
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "resized"))
+    tensors = load_file(folder / "model.safetensors")
+    rows = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat([rows, rows[:2]])
+    if "lm_head.weight" in tensors:
+        tensors["lm_head.weight"] = torch.cat([tensors["lm_head.weight"], rows[:2]])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    edit(folder / "config.json", vocab_size=len(rows) + 2)
+    with pytest.raises(BaseMismatch, match=f"embedding rows {len(rows)} → {len(rows) + 2}"):
+        attach(load(folder, bits=16), version)
+
+
+def test_a_revision_on_this_machine_that_fits_is_named(
+    load: Callable[..., Any],
+    adapter: Callable[..., Any],
+    make_base: Callable[..., Path],
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub/models--acme--tiny/snapshots" / ("a" * 40)
+    shutil.copytree(tiny_base, snapshot)
+    version = adapter()
+    base = version.manifest.base.model_copy(update={"source": "acme/tiny"})
+    version = replace(version, manifest=version.manifest.model_copy(update={"base": base}))
+    with pytest.raises(BaseMismatch) as caught:
+        attach(load(make_base(tmp_path / "other", seed=1), bits=4), version)
+    assert f"fits revision {'a' * 40} of acme/tiny" in str(caught.value.hint)
+
+
+def test_a_measured_relation_is_named_and_recorded(
+    load: Callable[..., Any], adapter: Callable[..., Any], registry: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    from peftkit.base.relations import measure
+    from peftkit.registry.bases import keep_relation
+
+    version = adapter()
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "cast"))
+    tensors = {name: tensor.to(torch.float16) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    relation = measure(folder, tiny_base)
+    with registry.writing("relate"):
+        keep_relation(registry.layout, relation)
+    with pytest.raises(BaseMismatch) as caught:
+        attach(load(folder, bits=16), version)
+    assert f"measured between them: {relation.describe()}" in caught.value.fact
+    assert "with the measured error" in str(caught.value.hint)
+    host = attach(load(folder, bits=16), version, other_base=True)
+    (receipt,) = host.receipts
+    assert receipt["relation"] == {"id": relation.id, "median": relation.median, "max": relation.max}
+    assert 0 < relation.max < 2**-11, "half a unit in the last place of float16"
 
 
 def edit(path: Path, **fields: Any) -> None:
@@ -446,6 +608,7 @@ def test_open_adapters_loads_the_base_that_the_manifest_names(
     adapter: Callable[..., Any], load: Callable[..., Any], tmp_path: Path
 ) -> None:
     versions = [adapter("a", seed=1), adapter("b", seed=2)]
+    load(bits=16)  # so that this cache knows where the base is: the manifest names it by content, not by a path
     host = open_adapters(versions, tmp_path / "cache")
     assert host.backbone.quant.label == "nf4+dq"
     assert torch.equal(logits(host.model), logits(attach(load(bits=4), versions[0]).model))
@@ -462,6 +625,7 @@ def test_resume_continues_bitwise_and_records_its_parent(load: Callable[..., Any
     assert tuned.spec == AdapterSpec(r=4, lora_alpha=8, seed=1)
     assert tuned.parents == ({"name": "tickets", "version": version.id, "relation": "continued"},)
     assert {parameter.dtype for parameter in tuned.trainable.values()} == {torch.float32}
+    assert tuned.receipts == ()
     assert len(tuned.trainable) == 28
     assert all("lora_" in name for name in tuned.trainable)
 
@@ -477,8 +641,11 @@ def test_resume_refuses_another_adapter(
 def test_resume_refuses_another_base(
     load: Callable[..., Any], adapter: Callable[..., Any], make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
+    backbone = load(make_base(tmp_path / "other", seed=1), bits=4)
     with pytest.raises(BaseMismatch, match="weights"):
-        resume_adapter(load(make_base(tmp_path / "other", seed=1), bits=4), adapter(), AdapterSpec())
+        resume_adapter(backbone, adapter(), AdapterSpec())
+    tuned = resume_adapter(backbone, adapter(), AdapterSpec(), other_base=True)
+    assert [(receipt["type"], receipt["differs"]) for receipt in tuned.receipts] == [("other_base", ["weights"])]
 
 
 @pytest.mark.parametrize("misfit", ["wrong shape", "missing tensor", "extra tensor", "NaN", "r is text"])
@@ -488,6 +655,14 @@ def test_a_failed_resume_changes_nothing(load: Callable[..., Any], adapter: Call
     with pytest.raises(TuningError):
         resume_adapter(backbone, adapter(change=MISFITS[misfit]), AdapterSpec())
     assert differences(before, picture(Attached(backbone))) == []
+
+
+@pytest.mark.parametrize("extra", [{"modules_to_save": ["norm"]}, {"lora_bias": True}, {"peft_type": "IA3"}])
+def test_resume_refuses_what_is_not_trained_here(
+    load: Callable[..., Any], adapter: Callable[..., Any], extra: dict[str, Any]
+) -> None:
+    with pytest.raises(TuningError, match="cannot be continued"):
+        resume_adapter(load(bits=4), adapter(change=config(**extra)), AdapterSpec())
 
 
 def test_resume_on_a_backbone_that_already_carries_an_adapter(

@@ -1,0 +1,140 @@
+"""Build a registered adapter again from what its manifest says, and compare the result byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftkit import locations
+from peftkit.backbone.locate import locate_again
+from peftkit.config import Resolved, dump_yaml
+from peftkit.environment import environment
+from peftkit.errors import RunError
+from peftkit.events import Note, Report, Warned, silent
+from peftkit.recipe.execute import execute
+from peftkit.recipe.files import Recipe, configure
+from peftkit.registry.manifest import Version
+from peftkit.registry.store import Registry
+from peftkit.tuning.methods import AdapterSpec
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What building an adapter again gave."""
+
+    reference: str
+    files: dict[str, tuple[str, str | None]]
+    """Digest by payload file: as registered, and as built again."""
+    environment: dict[str, tuple[str | None, str | None]]
+    """What differs in versions and hardware: then, and now."""
+
+    @property
+    def same(self) -> bool:
+        """Whether every payload file has the same bytes."""
+        return all(registered == built for registered, built in self.files.values())
+
+
+def reproduce(
+    version: Version,
+    recipe: Recipe,
+    registry: Path,
+    *,
+    runs: Path,
+    overrides: Sequence[str] = (),
+    report: Report = silent,
+) -> Reproduction:
+    """Run the recipe of `version` with its settings, rows and parent in a scratch registry, and compare digests.
+
+    Paths of rows come from the run's folder, where it still exists, or from `overrides` (data.train=…). Raises
+    RunError when the manifest names no recipe, or the rows are not those that it names. The registry is not changed.
+    """
+    resolved = _settings(version, recipe, runs, overrides, report)
+    _check_rows(version, resolved.config)
+    differs = _differing(version.manifest.environment, environment())
+    for what, (then, now) in differs.items():
+        report(Warned(f"{what} was {then}, and is {now}: the bytes may differ for that reason"))
+    with tempfile.TemporaryDirectory(prefix="peftkit-reproduce-") as scratch:
+        target = Path(scratch) / "registry"
+        built = execute(
+            recipe,
+            resolved,
+            registry=registry,
+            publish_to=target,
+            runs=Path(scratch) / "runs",
+            report=report,
+            other_base=any(receipt["type"] == "other_base" for receipt in version.manifest.receipts),
+        )
+        found = Registry(target).resolve(str(built.saved_as)).manifest.files
+    registered = version.manifest.files
+    files = {path: (file.sha256, found[path].sha256 if path in found else None) for path, file in registered.items()}
+    return Reproduction(version.reference, files, differs)
+
+
+def _settings(version: Version, recipe: Recipe, runs: Path, overrides: Sequence[str], report: Report) -> Resolved[Any]:
+    recorded = version.manifest.recipe
+    if recorded is None:
+        raise RunError(f"{version.reference} was not made by a recipe", expected="an adapter that peftkit train made")
+    if recipe.sha256 != recorded.sha256:
+        report(Warned(f"{recipe.path} is not the file that made {version.reference}: it has another digest"))
+    settings = _parent_settings(version)
+    kept = runs / (version.manifest.run or "none") / "config.yaml"
+    if kept.is_file():
+        report(Note(f"settings and paths from {kept}"))
+        return configure(recipe, files=[kept], overrides=[*settings, *overrides])
+    config = dict(recorded.config)
+    evaluate = config.get("evaluate")
+    if isinstance(evaluate, dict) and str(evaluate.get("instructions") or "").startswith("sha256:"):
+        config["evaluate"] = {**evaluate, "instructions": None}
+        report(Note("evaluate.instructions are not kept in a registry, so figures with them are not measured again"))
+    base = version.manifest.base
+    found = locate_again(base.source, base.revision, base.record, locations.cache_root().path)
+    config["base"] = found.model_dump()
+    with tempfile.TemporaryDirectory(prefix="peftkit-settings-") as scratch:
+        file = Path(scratch) / f"{version.name}.yaml"
+        file.write_text(dump_yaml(config), encoding="utf-8")
+        return configure(recipe, files=[file], overrides=[*settings, *overrides])
+
+
+def _parent_settings(version: Version) -> list[str]:
+    """The exact parent, whatever its alias points at today, and the adapter settings that it fixes."""
+    continued = [parent for parent in version.manifest.parents if parent.relation == "continued"]
+    if not continued:
+        return []
+    fixed = {key: value for key, value in version.manifest.adapter.items() if key in AdapterSpec.model_fields}
+    return [
+        f"init_from={continued[0].name}@{continued[0].version}",
+        *(f"adapter.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in fixed.items()),
+    ]
+
+
+def _check_rows(version: Version, config: Any) -> None:
+    """Raise RunError unless the files of rows have the digests that the manifest names."""
+    data = getattr(config, "data", None)
+    given = {"train": getattr(data, "train", None), "held_out": getattr(data, "held_out", None)}
+    for record in version.manifest.data:
+        path = given.get(record.role)
+        if path is None or (record.role == "train" and ":" in path and not Path(path).exists()):
+            continue
+        where = f"data.{record.role}"
+        if not Path(path).is_file():
+            raise RunError(
+                f"{where}={path} is not here",
+                expected=f"{record.source}, SHA-256 {record.sha256[:16]}…",
+                hint=f"peftkit reproduce {version.name} {where}=/path/to/{record.source}",
+            )
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if digest != record.sha256:
+            raise RunError(
+                f"{where}={path} has the SHA-256 {digest[:16]}…",
+                expected=f"{record.sha256[:16]}…, the rows that {version.reference} was trained on",
+                hint="give the file as it was then",
+            )
+
+
+def _differing(then: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str | None, str | None]]:
+    return {key: (then.get(key), now.get(key)) for key in {**then, **now} if then.get(key) != now.get(key)}
