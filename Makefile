@@ -38,6 +38,8 @@ test-gpu: setup ## The tests that need CUDA
 
 bench: setup ## Measure; one JSON line per measurement
 	$(BIN)/python benchmarks/three_precisions.py
+	$(BIN)/python benchmarks/swap.py
+	$(BIN)/python benchmarks/registry.py --root /dev/shm
 
 lint: $(STAMP) ## Style, types, layers
 	$(BIN)/ruff check .

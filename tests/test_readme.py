@@ -118,3 +118,36 @@ def test_every_command_is_in_the_table() -> None:
     assert len(names) == 24
     missing = [name for name in names if not re.search(rf"`(peftkit )?{name}\b", README)]
     assert not missing
+
+
+def results(name: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (ROOT / "benchmarks/results" / name).read_text().splitlines()]
+
+
+def test_figures_of_swapping_and_of_the_registry_stand_in_the_results() -> None:
+    swaps = {line["what"]: float(str(line["p50_ms"])) for line in results("swap.jsonl") if line["bits"] == 32}
+    for shown in (
+        f"takes {1000 * swaps['resident swap']:.1f} µs, PEFT's `set_adapter` {swaps['PEFT set_adapter']:.1f} ms",
+        f"{swaps['from disk: detach, attach, activate']:.0f} ms against {swaps['PEFT hotswap_adapter']:.0f} ms of PEFT's",
+        f"reading and hashing the file alone takes {swaps['floor: read, SHA-256, parse']:.0f} ms",
+        f"first adapter of a shape takes {swaps['from disk, first of its shape']:.0f} ms",
+    ):
+        assert shown in " ".join(README.split())
+    many = {line["operation"]: line for line in results("registry.jsonl") if line["versions"] == 10_000}
+    for shown in (
+        f"publishes in {many['publish']['p50_ms']:.1f} ms with 10,000 versions",
+        f"`list` takes {float(str(many['list']['p50_ms'])) / 1000:.1f} s then",
+        f"reads {float(str(many['list']['bytes_read'])) / 1e6:.0f} MB",
+        f"`resolve` {many['resolve name']['p50_ms']:.1f} ms",
+    ):
+        assert shown in " ".join(README.split())
+
+
+def test_the_table_of_crashes_is_that_of_the_results() -> None:
+    found = json.loads((ROOT / "benchmarks/results/registry_faults.json").read_text())
+    cells = re.findall(r"^\| .*? \| ([\d,]+) \| ([\d,]+) \| (\d+) \|$", README, flags=re.MULTILINE)
+    assert len(cells) == 4
+    for column, key in enumerate(("points", "states", "bad")):
+        assert sum(int(row[column].replace(",", "")) for row in cells) == found["total"][key]
+    assert found["total"]["bad"] == 0
+    assert f"{sum(found['sequences'].values()):,} sequences" in README

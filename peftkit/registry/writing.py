@@ -30,7 +30,8 @@ def writing(layout: Layout, purpose: str, timeout: float) -> Iterator[None]:
         for folder in (*reversed(layout.root.parents), layout.root):
             if not folder.is_dir():
                 durable.make_folder(folder)
-        with FileLock(layout.lock, timeout=timeout):
+        # Without flock filelock would take a lock file instead, which outlives a killed process.
+        with FileLock(layout.lock, timeout=timeout, fallback_to_soft=False):
             _sign(layout.lock, purpose)
             check_root_format(layout)
             durable.make_folder(layout.tmp)
@@ -43,14 +44,10 @@ def writing(layout: Layout, purpose: str, timeout: float) -> Iterator[None]:
             expected="one writer at a time; a lock ends with its process",
             hint="wait for the other peftkit to finish, then run this again",
         ) from error
-    except NotImplementedError as error:
-        raise RegistryError(
-            f"the file system of {layout.root} cannot lock files", expected="a local file system such as ext4"
-        ) from error
     except OSError as error:
         raise RegistryError(
             f"could not {purpose} in {layout.root}: {error}",
-            expected="a file system that can be written to; the registry is in its old or its new state",
+            expected="a file system that can be written to and locked; the registry is in its old or its new state",
             hint="peftkit list shows which; free the disk or mend its rights, then run this again",
         ) from error
 
