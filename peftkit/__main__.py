@@ -1,5 +1,5 @@
 """`python -m peftkit`."""
 
-from peftkit.cli.main import run
+from peftkit.cli.entry import run
 
 run()

@@ -24,14 +24,15 @@ def digest_json(value: Any) -> str:
 def strict_json(data: bytes) -> Any:
     """Parse JSON that every parser reads alike; ValueError says what is wrong with it.
 
-    Refused although Python's parser takes them: NaN and infinity (also as `1e999`), halves of a character
-    (`"\\ud800"`), and a key that stands twice, because parsers disagree on which one counts.
+    Refused although Python's parser takes them: NaN, infinity and what no float can hold (`1e999`), halves of a
+    character (`"\\ud800"`), and a key that stands twice, because parsers disagree on which one counts.
     """
     try:
         value = json.loads(
             data.decode("utf-8"),
             parse_constant=_refuse_constant,
             parse_float=_finite,
+            parse_int=_representable,
             object_pairs_hook=_unique,
         )
         if b"\\ud" in data.lower():
@@ -58,6 +59,15 @@ def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is too large for a number")
+    return number
+
+
+def _representable(text: str) -> int:
+    number = int(text)
+    try:
+        float(number)
+    except OverflowError:
+        raise ValueError(f"{text[:20]}… is too large for a number") from None
     return number
 
 

@@ -126,9 +126,10 @@ def results(name: str) -> list[dict[str, object]]:
 
 def test_figures_of_swapping_and_of_the_registry_stand_in_the_results() -> None:
     swaps = {line["what"]: float(str(line["p50_ms"])) for line in results("swap.jsonl") if line["bits"] == 32}
+    disk, hotswap = swaps["from disk: detach, attach, activate"], swaps["PEFT hotswap_adapter"]
     for shown in (
         f"takes {1000 * swaps['resident swap']:.1f} µs, PEFT's `set_adapter` {swaps['PEFT set_adapter']:.1f} ms",
-        f"{swaps['from disk: detach, attach, activate']:.0f} ms against {swaps['PEFT hotswap_adapter']:.0f} ms of PEFT's",
+        f"{disk:.0f} ms against {hotswap:.0f} ms of PEFT's",
         f"reading and hashing the file alone takes {swaps['floor: read, SHA-256, parse']:.0f} ms",
         f"first adapter of a shape takes {swaps['from disk, first of its shape']:.0f} ms",
     ):

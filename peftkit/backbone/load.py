@@ -15,7 +15,8 @@ from peftkit.backbone.decide import Placement, label, place
 from peftkit.backbone.locate import locate
 from peftkit.backbone.quiet import quiet
 from peftkit.backbone.spec import QuantSpec
-from peftkit.base.identity import BaseIdentity, identify, remember_place, weight_files
+from peftkit.base.identity import BaseIdentity, identify, weight_files
+from peftkit.base.places import remember_place
 from peftkit.base.ref import BaseSpec, LocatedBase, read_config
 from peftkit.base.tokenizer import Tokenizer, load_tokenizer
 from peftkit.errors import BackboneError

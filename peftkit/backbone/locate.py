@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peftkit.backbone.quiet import quiet
 from peftkit.base import embedded, identity, ref
-from peftkit.base.identity import known_places
+from peftkit.base.places import known_places
 from peftkit.base.ref import BaseSpec, LocatedBase
 from peftkit.errors import BaseError
 from peftkit.events import Note, Report, silent

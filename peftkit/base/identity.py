@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,9 +30,7 @@ __all__ = [
     "chat_template",
     "fitting_revisions",
     "identify",
-    "known_places",
     "license_of",
-    "remember_place",
     "tensors",
     "weight_files",
 ]
@@ -42,7 +39,6 @@ __all__ = [
 _VOLATILE_CONFIG = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
 _VOLATILE_CONFIG |= {"_attn_implementation"}
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens", "extra_special_tokens")
-_MOST_PLACES = 16
 _FRONT_MATTER = 1 << 16
 
 
@@ -169,7 +165,7 @@ def _file_digests(path: Path, cache: Path | None) -> dict[str, TensorDigest]:
         found[name] = TensorDigest(dtype, shape, digest.hexdigest())
     if entry and _file_key(path) == key:  # otherwise it was written to while it was read
         content = {name: tensor.as_json() for name, tensor in found.items()}
-        _write_note(entry, {"tensors": content, "sha256": digest_json(content)})
+        write_note(entry, {"tensors": content, "sha256": digest_json(content)})
     return found
 
 
@@ -188,7 +184,7 @@ def _cached(entry: Path) -> dict[str, TensorDigest] | None:
         return None
 
 
-def _write_note(path: Path, content: Any) -> None:
+def write_note(path: Path, content: Any) -> None:
     """Write what can be made again; a cache that cannot be written is no reason to stop."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,38 +216,6 @@ def _fits(folder: Path, parts: Mapping[str, str], cache: Path | None) -> bool:
             _with_weights(texts, folder, cache).parts(), parts
         )
     return False
-
-
-def remember_place(identity: BaseIdentity, source: Path | str, cache: Path) -> None:
-    """Note that this base was found at `source`: a folder, a GGUF file, or a reference (`owner/name@revision`)."""
-    place = os.path.expanduser(source)
-    place = os.path.abspath(place) if isinstance(source, Path) or os.path.exists(place) else str(source)
-    noted = _places(identity.id, cache)
-    known = [place, *(other for other in noted if other != place)][:_MOST_PLACES]
-    if known != noted:
-        _write_note(_note_of(identity.id, cache), known)
-
-
-def known_places(record_id: str, cache: Path) -> list[str]:
-    """Where the base of this id was found on this machine, newest first; only paths that still exist.
-
-    It says where to look: who uses a place identifies it again.
-    """
-    return [place for place in _places(record_id, cache) if not os.path.isabs(place) or os.path.exists(place)]
-
-
-def _places(record_id: str, cache: Path) -> list[str]:
-    if not re.fullmatch(r"[0-9a-f]{16}", record_id):
-        return []
-    try:
-        noted = strict_json(_note_of(record_id, cache).read_bytes())
-    except (OSError, ValueError):
-        return []
-    return [place for place in noted if isinstance(place, str) and place] if isinstance(noted, list) else []
-
-
-def _note_of(record_id: str, cache: Path) -> Path:
-    return cache / "places" / f"{record_id}.json"
 
 
 def license_of(folder: Path) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -224,9 +223,3 @@ def _relation_of(raw: Any) -> Relation:
             raise ValueError(f"{field} must be a list of names")
         lists.append(tuple(names))
     return Relation(check_digest(raw["child"]), check_digest(raw["parent"]), raw["kind"], errors, *lists)
-
-
-def find(relations: Iterable[Relation], one: str, other: str) -> Relation | None:
-    """The first relation between two bases, given by id or full SHA-256, whichever is the child; None without one."""
-    wanted = {one[:16], other[:16]}
-    return next((found for found in relations if {found.child_id, found.parent_id} == wanted), None)

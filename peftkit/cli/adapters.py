@@ -207,9 +207,9 @@ def _tree(steps: tuple[Step, ...]) -> list[str]:
     for before, beside, step in branches(shown):
         what = f"{before}{step.relation}  "
         if step.summary is None:
-            lines.append(f"{what}{step.reference}  removed, or in another registry")
+            lines.append(f"{what}{plain(step.reference)}  removed, or in another registry")
         elif step.again:
-            lines.append(f"{what}{step.reference}  see above")
+            lines.append(f"{what}{plain(step.reference)}  see above")
         else:
             lines.append(what + _title(step.summary))
             lines += [f"{beside}   {line}" for line in _details(step.summary)]

@@ -70,8 +70,9 @@ def relate(
     Example: peftkit base relate ./Qwen3-4B-bnb-4bit Qwen/Qwen3-4B
     """
     from peftkit.backbone.locate import locate
+    from peftkit.base.identity import identify
     from peftkit.base.relations import measure
-    from peftkit.registry.bases import keep_relation
+    from peftkit.registry.bases import keep, keep_relation
 
     cache, store = locations.cache_root().path, Registry(locations.registry_root(registry).path)
     with Reporter(as_json=as_json) as report:
@@ -80,7 +81,10 @@ def relate(
         relation = measure(
             bases[0].folder, bases[1].folder, kind="gguf" if converted else None, cache=cache, report=report
         )
+    records = [identify(base.folder, cache).record for base in bases]
     with store.writing(f"relate {child} to {parent}"):
+        for record in records:
+            keep(store.layout, record)
         keep_relation(store.layout, relation)
     worst = sorted(relation.tensors.items(), key=lambda item: item[1], reverse=True)[:_SHOWN]
     text = "\n".join([relation.describe(), render.table(("tensor", "relative error"), worst)])

@@ -43,7 +43,8 @@ def chat(
     session = _Session(host, versions, system, max_new_tokens, Sampling(temperature=temperature))
     if prompt is not None:
         answer = session.ask(prompt)
-        show({"adapter": versions[0].reference, "answer": answer}, as_json=as_json, text=answer)
+        value = {"adapter": versions[0].reference, "answer": answer, "receipts": list(host.receipts)}
+        show(value, as_json=as_json, text=answer)
         return
     _talk(session)
 

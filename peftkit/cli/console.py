@@ -18,7 +18,10 @@ _PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
 # Data, answers and manifests may hold escape sequences that would steer the terminal.
-_CONTROL = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+_OVERRIDES = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # of the direction of writing
+_CONTROL = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160), *_OVERRIDES) if chr(code) not in "\n\t"
+}
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -45,5 +45,6 @@ def evaluate(
         for comparison in comparisons:
             report_comparison(comparison, report)
     if as_json:
-        figures = {v.reference: c.figures() for v, c in zip(versions, comparisons, strict=True)}
+        measured = zip(versions, comparisons, strict=True)
+        figures = {v.reference: {**c.figures(), "receipts": list(host.receipts)} for v, c in measured}
         show(figures, as_json=True, text="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,17 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftkit import locations, render
+from peftkit.base.record import plain
 from peftkit.base.ref import BaseSpec
 from peftkit.cli.console import Reporter, show
-from peftkit.cli.options import AsJson, RegistryRoot
-from peftkit.errors import RegistryError
+from peftkit.cli.options import AsJson, Reference, RegistryRoot, open_registry
+from peftkit.errors import RegistryError, TuningError
 from peftkit.registry.layout import LATEST
 from peftkit.registry.store import Registry, Version
 
 if TYPE_CHECKING:
     from peftkit.registry.exchange import Arrival, Hub, ImportBase, Parcel, Piece
 
-Reference = Annotated[str, typer.Argument(metavar="NAME", help="name, name@version or name@alias.")]
 As = Annotated[str | None, typer.Option("--as", metavar="NAME", help="Another name; the version gets another id.")]
 BaseOf = Annotated[str | None, typer.Option("--base", metavar="REF", help="The base that it was trained on.")]
 Tags = Annotated[list[str] | None, typer.Option("--tag", metavar="ALIAS", help="Point this alias at it too.")]
@@ -40,7 +41,7 @@ def import_adapter_command(
     """
     from peftkit.registry.exchange import import_adapter
 
-    store = _store(registry)
+    store = open_registry(registry)
     before = _latest(store)
     version = import_adapter(
         store, path.expanduser(), name=name, base=_base(base, as_json), find_base=_find_base, aliases=tags or []
@@ -61,7 +62,7 @@ def export_adapter(
     """
     from peftkit.registry.exchange import export
 
-    store = _store(registry)
+    store = open_registry(registry)
     reference = store.resolve(name).reference
     pieces = export(store, reference, out.expanduser(), license)
     value = {"version": reference, "folder": str(out), "files": _files(pieces)}
@@ -84,7 +85,7 @@ def push(
     """
     from peftkit.registry.exchange import Hub, parse, prepare, push_to_folder
 
-    store = _store(registry)
+    store = open_registry(registry)
     repo = parse(destination)
     parcel = prepare(store, name, license)
     if not as_json:
@@ -115,7 +116,7 @@ def pull(
     from peftkit.registry.exchange import Hub, import_adapter, parse
     from peftkit.registry.exchange import pull as pull_from
 
-    store = _store(registry)
+    store = open_registry(registry)
     repo = parse(source)
     if repo is None and revision is not None:
         raise RegistryError(
@@ -131,10 +132,6 @@ def pull(
     _show_taken(version, before, as_json)
 
 
-def _store(registry: Path | None) -> Registry:
-    return Registry(locations.registry_root(registry).path)
-
-
 def _latest(store: Registry) -> dict[str, str]:
     """Where `latest` of every adapter points, to say afterwards that it moved."""
     return {name: target for name in store.names() if (target := store.aliases(name).get(LATEST))}
@@ -145,7 +142,8 @@ def _base(reference: str | None, as_json: bool) -> ImportBase | None:
     if reference is None:
         return None
     from peftkit.backbone.locate import license_of, locate
-    from peftkit.base.identity import identify, remember_place
+    from peftkit.base.identity import identify
+    from peftkit.base.places import remember_place
     from peftkit.registry.exchange import ImportBase
 
     cache = locations.cache_root().path
@@ -180,15 +178,32 @@ def _find_base(stated: str) -> ImportBase | None:
 def _show_taken(version: Version, before: dict[str, str], as_json: bool) -> None:
     manifest = version.manifest
     imported = next((each for each in reversed(manifest.receipts) if each["type"] == "import"), None)
-    lines = [f"{version.reference} is in the registry, for the base {manifest.base.source}"]
+    lines = [f"{version.reference} is in the registry, for the base {plain(manifest.base.source)}"]
     earlier = before.get(version.name)
     if earlier is not None and earlier != version.id:
         lines.append(f"{version.name}@{LATEST} was {earlier}; peftkit restore {version.name} {LATEST} brings it back")
     for word in ("notes", "left_out"):
         said = imported.get(word) if imported else None
-        lines += [f"  {word.replace('_', ' ')}: {text}" for text in said] if isinstance(said, list) else []
-    value = {"version": version.reference, "latest_before": earlier, "receipt": imported}
+        lines += (
+            [f"  {word.replace('_', ' ')}: {plain(str(text), 300)}" for text in said] if isinstance(said, list) else []
+        )
+    if refusal := _not_attachable(version):
+        lines.append(f"  it is kept, but cannot be attached: {refusal}")
+    value = {"version": version.reference, "latest_before": earlier, "receipt": imported, "not_attachable": refusal}
     show(value, as_json=as_json, text="\n".join(lines))
+
+
+def _not_attachable(version: Version) -> str | None:
+    """Why peftkit would not attach an adapter over any base, None when nothing speaks against it."""
+    from peftkit.tuning.attachable import check_config
+
+    if version.manifest.kind != "peft":
+        return None
+    try:
+        check_config(json.loads((version.path / "adapter_config.json").read_bytes()), version.reference, 16)
+    except TuningError as error:
+        return error.fact
+    return None
 
 
 def _send(parcel: Parcel, hub: Hub, destination: str, *, public: bool, yes: bool, as_json: bool) -> None:

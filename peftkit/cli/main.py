@@ -135,11 +135,6 @@ def run_recipe(path: str) -> int:
     return main(["train", path, *sys.argv[1:]])
 
 
-def run() -> None:
-    """Console-script entry point."""
-    raise SystemExit(main())
-
-
 def _print_error(text: str) -> None:
     console(stderr=True).print(harmless(f"peftkit: {text}"), markup=False)
 

@@ -11,7 +11,7 @@ from peftkit import locations
 from peftkit.cli.console import Reporter, show
 from peftkit.cli.options import AsJson, RegistryRoot, RunsRoot
 from peftkit.errors import RunError
-from peftkit.recipe import find, load
+from peftkit.recipe import load, recipe_of
 from peftkit.registry.store import Registry
 
 
@@ -33,8 +33,7 @@ def reproduce(
     """
     root = locations.registry_root(registry).path
     version = Registry(root).resolve(name)
-    made_by = version.manifest.recipe.name if version.manifest.recipe else ""
-    loaded = load(find(str(recipe) if recipe else made_by or "none"))
+    loaded = load(recipe if recipe else recipe_of(version))
     from peftkit.recipe.reproduce import reproduce as build_again
 
     with Reporter(as_json=as_json) as report:
@@ -46,7 +45,8 @@ def reproduce(
     ]
     show(value, as_json=as_json, text="\n".join(lines))
     if not found.same:
-        differs = ", ".join(found.environment) or "nothing that is recorded"
+        asked = [f"the settings given ({' '.join(settings)})"] if settings else []
+        differs = ", ".join([*asked, *found.environment]) or "nothing that is recorded"
         raise RunError(
             f"{found.reference} was not reproduced: its files came out with other bytes",
             expected="the same digests, on a CPU with the same versions and number of cores",

@@ -9,10 +9,10 @@ import typer
 from peftkit import render
 from peftkit.cli.console import show
 from peftkit.cli.options import AsJson, Reference, RegistryRoot, open_registry
-from peftkit.errors import AdapterDamaged
+from peftkit.errors import AdapterDamaged, RegistryError
 from peftkit.registry.collect import collect, remove, remove_adapter
-from peftkit.registry.layout import LATEST
-from peftkit.registry.verify import check, check_root
+from peftkit.registry.layout import LATEST, check_name
+from peftkit.registry.verify import check_adapter, check_root, check_version
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name, without @.")]
 
@@ -103,11 +103,18 @@ def verify(
     """
     store = open_registry(registry)
     if name is None:
+        if not store.root.is_dir():
+            raise RegistryError(
+                f"there is no registry in {store.root}", expected="a folder", hint="name it: --registry"
+            )
         problems = check_root(store.root, read_data=read_data)
         whole = f"{store.root}: {_versions(sum(len(store.version_ids(each)) for each in store.names()))}, all whole"
+    elif "@" not in name and store.version_ids(check_name(name)):
+        problems = check_adapter(store.root, name, read_data=read_data)
+        whole = f"{name}: {_versions(len(store.version_ids(name)))}, all whole"
     else:
         version = store.resolve(name)
-        problems = {version.reference: found} if (found := check(version, read_data)) else {}
+        problems = {version.reference: found} if (found := check_version(version, read_data=read_data)) else {}
         whole = f"{version.reference} is whole: {len(version.manifest.files)} files"
     show({"problems": problems, "read_data": read_data}, as_json=as_json, text="" if problems else whole)
     if problems:

@@ -1,7 +1,7 @@
 """Recipes: runnable files, the Run that they use, and running them."""
 
 from peftkit.recipe.execute import Result, execute
-from peftkit.recipe.files import Recipe, configure, copy, default_name, find, load, recipes_folder, shipped
+from peftkit.recipe.files import Recipe, configure, copy, default_name, find, load, recipe_of, recipes_folder, shipped
 from peftkit.recipe.run import Interrupted, Run, report_comparison
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "execute",
     "find",
     "load",
+    "recipe_of",
     "recipes_folder",
     "report_comparison",
     "shipped",

@@ -19,6 +19,7 @@ from typing import Any
 
 from peftkit.config import Resolved, Spec, resolve
 from peftkit.errors import PeftkitError, RunError
+from peftkit.registry.manifest import Version
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,28 @@ def find(name_or_path: str) -> Path:
         expected="a .py file, or one of: " + ", ".join(known),
         hint=f"did you mean {near[0]}?" if near else "peftkit recipes list",
     )
+
+
+def recipe_of(version: Version) -> Path:
+    """The shipped recipe that made a version. Raises RunError when there is none, or its file has changed since.
+
+    A manifest may come from a stranger, so its name of a recipe is only ever looked up among the shipped ones.
+    """
+    made_by = version.manifest.recipe
+    if made_by is None:
+        raise RunError(
+            f"{version.reference} was not made by a recipe: it was imported, or made from other adapters",
+            expected="an adapter that peftkit train made",
+        )
+    path = shipped().get(made_by.name)
+    if path is None or hashlib.sha256(path.read_bytes()).hexdigest() != made_by.sha256:
+        what = "is not a shipped recipe" if path is None else "has changed since"
+        raise RunError(
+            f"the recipe {made_by.name!r} of {version.reference} {what}",
+            expected=f"the file with the SHA-256 {made_by.sha256[:16]}…",
+            hint=f"peftkit reproduce {version.name} --recipe FILE, if you trust the file",
+        )
+    return path
 
 
 def load(path: Path) -> Recipe:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from peftkit.recipe.execute import execute
 from peftkit.recipe.files import Recipe, configure
 from peftkit.registry.manifest import Version
 from peftkit.registry.store import Registry
+from peftkit.runs import list_runs
 from peftkit.tuning.methods import AdapterSpec
 
 
@@ -82,15 +83,12 @@ def _settings(version: Version, recipe: Recipe, runs: Path, overrides: Sequence[
     if recipe.sha256 != recorded.sha256:
         report(Warned(f"{recipe.path} is not the file that made {version.reference}: it has another digest"))
     settings = _parent_settings(version)
-    kept = runs / (version.manifest.run or "none") / "config.yaml"
-    if kept.is_file():
-        report(Note(f"settings and paths from {kept}"))
-        return configure(recipe, files=[kept], overrides=[*settings, *overrides])
-    config = dict(recorded.config)
-    evaluate = config.get("evaluate")
-    if isinstance(evaluate, dict) and str(evaluate.get("instructions") or "").startswith("sha256:"):
-        config["evaluate"] = {**evaluate, "instructions": None}
-        report(Note("evaluate.instructions are not kept in a registry, so figures with them are not measured again"))
+    # A manifest may name any run; only the run that says itself that it made this version is believed.
+    kept = next((run.path for run in list_runs(runs) if run.saved_as == version.reference), None)
+    if kept is not None and (kept / "config.yaml").is_file():
+        report(Note(f"settings and paths from {kept / 'config.yaml'}"))
+        return configure(recipe, files=[kept / "config.yaml"], overrides=[*settings, *overrides])
+    config = _harmless(recorded.config, report)
     base = version.manifest.base
     found = locate_again(base.source, base.revision, base.record, locations.cache_root().path)
     config["base"] = found.model_dump()
@@ -98,6 +96,22 @@ def _settings(version: Version, recipe: Recipe, runs: Path, overrides: Sequence[
         file = Path(scratch) / f"{version.name}.yaml"
         file.write_text(dump_yaml(config), encoding="utf-8")
         return configure(recipe, files=[file], overrides=[*settings, *overrides])
+
+
+def _harmless(recorded: Mapping[str, Any], report: Report) -> dict[str, Any]:
+    """Settings of a manifest that may come from a stranger: no paths of this machine, no trackers."""
+    groups = {key: dict(value) if isinstance(value, dict) else value for key, value in recorded.items()}
+    for group, key in (("data", "train"), ("data", "held_out"), ("evaluate", "retention")):
+        if isinstance(groups.get(group), dict) and isinstance(groups[group].get(key), str):
+            groups[group][key] = Path(groups[group][key]).name
+    if isinstance(groups.get("train"), dict):
+        groups["train"].pop("report_to", None)
+    evaluate = groups.get("evaluate")
+    if isinstance(evaluate, dict) and str(evaluate.get("instructions") or "").startswith("sha256:"):
+        evaluate["instructions"] = None
+        report(Note("evaluate.instructions are not kept in a registry, so figures with them are not measured again"))
+    report(Note("settings from the manifest: " + json.dumps(groups)))
+    return groups
 
 
 def _parent_settings(version: Version) -> list[str]:
@@ -127,7 +141,8 @@ def _check_rows(version: Version, config: Any) -> None:
                 expected=f"{record.source}, SHA-256 {record.sha256[:16]}…",
                 hint=f"peftkit reproduce {version.name} {where}=/path/to/{record.source}",
             )
-        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        with open(path, "rb") as rows:
+            digest = hashlib.file_digest(rows, "sha256").hexdigest()
         if digest != record.sha256:
             raise RunError(
                 f"{where}={path} has the SHA-256 {digest[:16]}…",

@@ -69,6 +69,12 @@ def history(layout: Layout, name: str, alias: str) -> list[Move]:
     return [read(layout, name, alias, number) for number in numbers(layout, name, alias)]
 
 
+def readable(layout: Layout, name: str, alias: str) -> list[Move]:
+    """The moves of an alias that can be read, oldest first; damaged ones are passed over, `verify` names them."""
+    moves = (_readable(layout, name, alias, number) for number in numbers(layout, name, alias))
+    return [move for move in moves if move is not None]
+
+
 def read(layout: Layout, name: str, alias: str, number: int) -> Move:
     """One record. Raises AdapterDamaged when it is not, to the byte, what was written at this place.
 
@@ -156,7 +162,6 @@ def _readable(layout: Layout, name: str, alias: str, number: int) -> Move | None
 
 
 def _encode(layout: Layout, name: str, alias: str, number: int, version: str | None) -> bytes:
-    before = layout.record(name, alias, number - 1)
     fields = {
         "format": FORMAT,
         "name": name,
@@ -164,9 +169,17 @@ def _encode(layout: Layout, name: str, alias: str, number: int, version: str | N
         "number": number,
         "version": version,
         "time": timestamp(),
-        "previous": durable.digest_file(before) if number > 1 else None,
+        "previous": _digest(layout.record(name, alias, number - 1)) if number > 1 else None,
     }
     return canonical_json({**fields, "check": digest_json(fields)}) + b"\n"
+
+
+def _digest(record: Path) -> str | None:
+    """SHA-256 of a record's bytes; None for what no record is, so that an alias can move on from it."""
+    try:
+        return hashlib.sha256(read_plain(record, LARGEST_MOVE)).hexdigest()
+    except OSError:
+        return None
 
 
 def _decode(data: bytes, path: Path) -> dict[str, Any]:

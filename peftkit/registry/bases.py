@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -15,7 +15,7 @@ from peftkit.canonical import strict_json
 from peftkit.errors import AdapterDamaged, BaseError, RegistryError
 from peftkit.registry import durable
 from peftkit.registry.layout import FORMAT, Layout, is_version_id
-from peftkit.registry.manifest import Version, check_format
+from peftkit.registry.manifest import Base, Version, check_format
 from peftkit.registry.reading import LARGEST_RECORD, read_plain
 
 if TYPE_CHECKING:
@@ -70,26 +70,31 @@ def ids(folder: Path) -> list[str]:
     return sorted(filter(is_version_id, stems))
 
 
-def problems(layout: Layout) -> dict[str, list[str]]:
-    """What is wrong with base records and relations, by path below the root."""
+def problems(layout: Layout, only: Collection[str] | None = None) -> dict[str, list[str]]:
+    """What is wrong with base records and relations (or with the base records `only`), by path below the root."""
     found: dict[str, list[str]] = {}
     for folder in (layout.bases, layout.relations):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            where = path.relative_to(layout.root).as_posix()
-            if not (path.suffix == ".json" and is_version_id(path.stem)) or path.is_symlink() or path.is_dir():
-                found[where] = ["It is no record; readers pass it over."]
-                continue
-            try:
-                if folder == layout.bases:
-                    read(layout, path.stem)
-                else:
-                    from peftkit.base.relations import decode
-
-                    _decode(path, decode)
-            except RegistryError as error:
-                if os.path.lexists(path):  # otherwise it was collected just now
-                    found[where] = [f"{error.fact}."]
+            if (only is None or (folder == layout.bases and path.stem in only)) and (
+                sentence := _problem(layout, path)
+            ):
+                found[path.relative_to(layout.root).as_posix()] = [sentence]
     return found
+
+
+def _problem(layout: Layout, path: Path) -> str | None:
+    if not (path.suffix == ".json" and is_version_id(path.stem)) or path.is_symlink() or path.is_dir():
+        return "It is no record; readers pass it over."
+    try:
+        if path.parent == layout.bases:
+            read(layout, path.stem)
+        else:
+            from peftkit.base.relations import decode
+
+            _decode(path, decode)
+    except RegistryError as error:
+        return f"{error.fact}." if os.path.lexists(path) else None  # otherwise it was collected just now
+    return None
 
 
 def _keep(folder: Path, data: bytes, tmp: Path) -> str:
@@ -135,6 +140,20 @@ def _read(path: Path) -> bytes:
             hint=f"remove it (rm {path}) and publish an adapter of the same base again",
         )
     return data
+
+
+def describes(record: BaseRecord, base: Base) -> bool:
+    """Whether the digests that a manifest states are those of the base record that it names."""
+    return record.parts() == dict(base.parts) and record.fingerprint == base.fingerprint
+
+
+def contradicted(record_id: str | None) -> RegistryError:
+    """The error for a draft whose digests are not those of its base record."""
+    return RegistryError(
+        f"the parts and the fingerprint of the draft are not those of its base record {record_id}",
+        expected="the digests that the record gives",
+        hint="take them from the same identity as the record: identity.parts(), identity.fingerprint",
+    )
 
 
 def missing(named: str | None, given: str | None) -> RegistryError:

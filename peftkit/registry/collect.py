@@ -68,7 +68,7 @@ def remove_adapter(registry: Registry, name: str) -> list[str]:
 
 
 def collect(registry: Registry, *, versions: bool = False, dry_run: bool = False) -> Collected:
-    """Delete what interrupted writers left, and base records and relations that no version needs.
+    """Delete what interrupted writers left, and base records that no version and no relation names.
 
     With `versions` also every version that no alias points at and no other version was made from. With `dry_run`
     nothing is removed.
@@ -96,11 +96,26 @@ def collect(registry: Registry, *, versions: bool = False, dry_run: bool = False
 def _settle(registry: Registry) -> None:
     """Make durable what a removal is decided by: a writer that died may have left moves that a crash would undo."""
     layout = registry.layout
+    _refuse_links(registry)
     for name in _all_names(registry):
         aliases = (layout.alias(name, alias) for alias in alias_records.names(layout, name))
         for folder in (layout.versions(name), *aliases):
             if folder.is_dir():
                 durable.sync_folder(folder)
+
+
+def _refuse_links(registry: Registry) -> None:
+    """Raise RegistryError for a linked folder: what is removed through it would lie outside the registry."""
+    layout = registry.layout
+    folders = [layout.tmp, layout.bases, layout.relations]
+    folders += [folder for name in _all_names(registry) for folder in (layout.versions(name), layout.aliases(name))]
+    for folder in folders:
+        if folder.is_symlink():
+            raise RegistryError(
+                f"{folder} is a symbolic link, so nothing is removed",
+                expected="a folder inside the registry",
+                hint=f"put the folder itself in the link's place: {folder}",
+            )
 
 
 def _locate(registry: Registry, reference: str) -> tuple[str, str]:
@@ -163,16 +178,11 @@ def _unneeded(registry: Registry) -> list[Version]:
 
 
 def _unneeded_records(registry: Registry, removed: set[Path]) -> list[Path]:
-    """Base records that no remaining version names, and relations between bases that no version has any more."""
+    """Base records that no remaining version and no relation names; relations were asked for, and stay."""
     layout = registry.layout
     needed = {v.manifest.base.record for v in _all_versions(registry) if v.path not in removed}
-    records = [layout.bases / f"{each}.json" for each in bases.ids(layout.bases) if each not in needed]
-    useless = [
-        layout.relations / f"{relation.id}.json"
-        for relation in bases.relations(layout)
-        if not needed & {relation.child_id, relation.parent_id}
-    ]
-    return [*records, *useless]
+    needed |= {end for relation in bases.relations(layout) for end in (relation.child_id, relation.parent_id)}
+    return [layout.bases / f"{each}.json" for each in bases.ids(layout.bases) if each not in needed]
 
 
 def _refuse_parents(registry: Registry, doomed: set[tuple[str, str]]) -> None:
@@ -199,5 +209,5 @@ def _move_away(name: str, alias: str, count: int) -> str:
 
 
 def _bytes_below(path: Path) -> int:
-    files: Iterable[Path] = path.rglob("*") if path.is_dir() else [path]
+    files: Iterable[Path] = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
     return sum(file.lstat().st_size for file in files if file.is_file())

@@ -10,7 +10,6 @@ import os
 import stat
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar
@@ -167,8 +166,7 @@ def _figures(metrics: Metrics) -> dict[str, float]:
             if isinstance(value, dict):
                 deeper += [(f"{path}.{key}", item) for key, item in value.items()]
             elif isinstance(value, int | float) and not isinstance(value, bool):
-                with suppress(OverflowError):  # an integer that no float can hold
-                    found.setdefault(path, float(value))
+                found.setdefault(path, float(value))
         level = deeper
     return dict(islice(found.items(), MOST_FIGURES))
 

@@ -40,6 +40,12 @@ _FILE_RULE = f"{' or '.join(PAYLOAD_SUFFIXES)}, path parts of A-Z, a-z, 0-9, '.'
 def check_name(name: str) -> str:
     """Return `name` if an adapter may be called so, else raise RegistryError."""
     if not _NAME.fullmatch(name):
+        if "@" in name:
+            raise RegistryError(
+                f"{name!r} names a version or an alias",
+                expected="the adapter's name alone",
+                hint=f"use {name.partition('@')[0]!r}",
+            )
         near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:64].strip("-")
         hint = f"use the name {near!r}" if is_name(near) else "choose another name, for example 'tickets'"
         raise RegistryError(f"the adapter name {name!r} cannot be used", expected=_NAME_RULE, hint=hint)

@@ -12,15 +12,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from peftkit.base.record import plain
 from peftkit.canonical import canonical_json, digest_json, strict_json
 from peftkit.errors import AdapterDamaged, RegistryError
 from peftkit.registry.layout import FORMAT, MANIFEST, check_file, check_name
 from peftkit.registry.reading import LARGEST_MANIFEST, read_plain
 from peftkit.registry.receipts import Receipt
 
+_MOST_PROBLEMS = 8
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 VersionId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-Count = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63, strict=True)]
 Json = dict[str, JsonValue]
 
 
@@ -33,7 +36,10 @@ def _utc(value: object) -> str:
     moment = datetime.fromisoformat(value) if isinstance(value, str) else value
     if not isinstance(moment, datetime) or moment.tzinfo is None:
         raise ValueError(f"{value!r} is not a time with a zone, such as 2026-01-31T09:30:00Z")
-    return timestamp(moment)
+    try:
+        return timestamp(moment)
+    except OverflowError as error:
+        raise ValueError(f"{value!r} is not a time that UTC has") from error
 
 
 class _Part(BaseModel):
@@ -127,8 +133,8 @@ class Draft(_Part):
 
     @model_validator(mode="after")
     def _finite(self) -> Self:
-        # Free JSON may hold NaN (a metric of an empty set): refused here, since no id can be computed over it.
-        canonical_json(self.model_dump(mode="python"))
+        # Free JSON may hold NaN (a metric of an empty set) or 10**400: refused here, since no reader would take it.
+        strict_json(canonical_json(self.model_dump(mode="python")))
         return self
 
 
@@ -190,7 +196,7 @@ def check_format(found: object, where: Path) -> None:
         return
     old = found == 1
     raise RegistryError(
-        f"{where} has format {found!r}, this peftkit reads format {FORMAT!r}",
+        f"{where} has format {plain(repr(found))}, this peftkit reads format {FORMAT!r}",
         expected=f"format {FORMAT!r}" + ("; 1 was a development version before 0.1" if old else ""),
         hint="FORMAT.md, section 8, says how to take its adapters over" if old else "pip install --upgrade peftkit",
     )
@@ -230,7 +236,9 @@ def decode(written: bytes, path: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        listed = [plain(f"{'.'.join(map(str, item['loc']))}: {item['msg']}", 200) for item in error.errors()]
+        more = f"; and {len(listed) - _MOST_PROBLEMS} more" if len(listed) > _MOST_PROBLEMS else ""
+        problems = "; ".join(listed[:_MOST_PROBLEMS]) + more
         raise AdapterDamaged(f"{path} does not follow FORMAT.md: {problems}", expected=expected) from error
     read = manifest.model_dump(mode="json")
     if differ := sorted(field for field in read if field not in raw or read[field] != raw[field]):

@@ -24,6 +24,7 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
 }
 _CONDITION = re.compile(r"\s*(.+?)\s*(<=|>=|!=|==|=|<|>)\s*([^<>=!]+)")
+_LONGEST_CONDITION = 200
 _DIGEST = re.compile(r"[0-9a-f]{4,64}")
 _SECTIONS = {"after": 0, "other": 1, "before": 2}
 _CENTRES = (".mean", ".point")
@@ -146,7 +147,7 @@ def _data(text: str) -> _Filter:
 
 
 def _metric(condition: str, versions: Sequence[Summary]) -> _Filter:
-    parts = _CONDITION.fullmatch(condition)
+    parts = _CONDITION.fullmatch(condition.strip()[:_LONGEST_CONDITION])  # the pattern takes cubic time
     try:
         if parts is None or math.isnan(bound := float(parts[3])):
             raise ValueError

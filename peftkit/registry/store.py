@@ -153,8 +153,9 @@ class Registry:
         """
         self._known(name)
         with self.writing(f"restore {name}@{alias}"):
-            moves = alias_records.history(self.layout, name, alias)
-            target = _earlier(name, alias, moves, to)
+            if not alias_records.numbers(self.layout, name, alias):
+                raise lookup.unknown_alias(name, alias, self._known(name), self.aliases(name))
+            target = _earlier(name, alias, alias_records.readable(self.layout, name, alias), to)
             if target not in self.version_ids(name):
                 raise AdapterNotFound(
                     f"{name}@{alias} pointed at {target}, which has been removed",
@@ -193,13 +194,13 @@ class Registry:
 
     def _check_record(self, draft: Draft, base: BaseRecord | None) -> None:
         wanted = draft.base.record
+        if base is None and wanted in bases.ids(self.layout.bases):
+            base = bases.read(self.layout, str(wanted))
         given = base.id if base is not None else None
-        if wanted is None and given is None:
-            return
-        if given is None and wanted in bases.ids(self.layout.bases):
-            return
         if wanted != given:
             raise bases.missing(wanted, given)
+        if base is not None and not bases.describes(base, draft.base):
+            raise bases.contradicted(wanted)
 
     def _add(self, name: str, source: Path, relatives: builtins.list[str], draft: Draft) -> Version:
         """Build the version in `tmp/` and rename it into place; a version that is there already is left alone."""

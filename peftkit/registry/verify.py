@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from peftkit.canonical import strict_json
@@ -54,6 +55,24 @@ def check_folder(folder: Path, name: str, version_id: str, *, read_data: bool = 
     return problems
 
 
+def check_adapter(root: Path, name: str, *, read_data: bool = True) -> dict[str, list[str]]:
+    """All problems of one adapter: its versions, their base records, and the history of its aliases."""
+    layout = Layout(root)
+    found = _adapter_problems(layout, name, read_data) | bases.problems(layout, _records_of(layout, name))
+    return {where: problems for where, problems in found.items() if problems}
+
+
+def check_version(version: Version, *, read_data: bool = True) -> list[str]:
+    """What is wrong with a version, or with the base record that it names."""
+    layout, record = Layout(version.path.parents[2]), version.manifest.base.record
+    damaged = bases.problems(layout, {record} if record else set())
+    return [
+        *check(version, read_data),
+        *_record_problems(layout, version.path, version.name, version.id),
+        *(f"{where}: {sentence}" for where, found in damaged.items() for sentence in found),
+    ]
+
+
 def content_problems(path: Path) -> list[str]:
     """What is wrong inside a payload file, whatever its digest: a bad safetensors header, bad JSON."""
     if path.name.endswith(".safetensors"):
@@ -74,6 +93,9 @@ def check_root(root: Path, *, read_data: bool = True) -> dict[str, list[str]]:
     except RegistryError as error:
         problems[layout.marker.name] = [f"{error.fact}."]
     own = {layout.tmp, layout.bases, layout.relations, layout.marker, layout.lock}
+    for folder in (layout.tmp, layout.bases, layout.relations):
+        if folder.is_symlink():
+            problems[folder.name] = ["It is a symbolic link; nothing is removed through it."]
     for entry in sorted(root.iterdir()) if root.is_dir() else []:
         if entry in own or entry.name.startswith(layout.index.name) or not entry.is_dir():
             continue  # a README or a .gitignore may stand beside the adapters
@@ -102,6 +124,9 @@ def _adapter_problems(layout: Layout, name: str, read_data: bool) -> dict[str, l
             problems[f"{name}@{version_id}"] = found if folder.exists() else []  # it may have been removed just now
         else:
             problems[f"{name}@{version_id}"] = [f"{version_id!r} is no version id; readers pass it over."]
+    for folder in (versions, layout.aliases(name)):
+        if folder.is_symlink():
+            problems[f"{name}/{folder.name}"] = ["It is a symbolic link; nothing is removed through it."]
     for extra in sorted({entry.name for entry in layout.adapter(name).iterdir()} - {"versions", "aliases"}):
         problems[f"{name}/{extra}"] = ["It is not part of a registry."]
     folder = layout.aliases(name)
@@ -112,14 +137,29 @@ def _adapter_problems(layout: Layout, name: str, read_data: bool) -> dict[str, l
     return problems
 
 
+def _records_of(layout: Layout, name: str) -> set[str]:
+    """The base records that the versions of a name name, as far as their manifests can be read."""
+    found = set()
+    for entry in layout.versions(name).iterdir():
+        with suppress(RegistryError):
+            found.add(manifests.read(entry, name, entry.name).base.record)
+    return {record for record in found if record is not None}
+
+
 def _record_problems(layout: Layout, folder: Path, name: str, version_id: str) -> list[str]:
     try:
-        record = manifests.read(folder, name, version_id).base.record
+        base = manifests.read(folder, name, version_id).base
     except RegistryError:
         return []  # `check_folder` says so
-    if record is None or record in bases.ids(layout.bases):
+    if base.record is None:
         return []
-    return [f"It names the base record {record}, which is missing."]
+    if base.record not in bases.ids(layout.bases):
+        return [f"It names the base record {base.record}, which is missing."]
+    try:
+        fits = bases.describes(bases.read(layout, base.record), base)
+    except RegistryError:
+        return []  # `bases.problems` says so, once for all versions that name it
+    return [] if fits else [f"Its digests are not those of the base record {base.record} that it names."]
 
 
 def _alias_problems(layout: Layout, name: str, path: Path) -> list[str]:

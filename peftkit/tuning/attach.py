@@ -104,7 +104,10 @@ class Attached:
         self._state = replace(self._state, active=name)
 
     def detach(self, name: str) -> None:
-        """Remove an adapter and free its tensors; models of it that were handed out can no longer be called."""
+        """Remove an adapter and free its tensors; a model of it that was handed out raises when it is called.
+
+        Parts taken out of that model must not be kept: the next adapter of its shape moves into them.
+        """
         resident = self._known(name)
         state = self._state
         left = {other: kept for other, kept in state.residents.items() if other != name}
@@ -216,8 +219,7 @@ def open_adapters(
 ) -> Attached:
     """Load the base that `versions` were trained on, in the precision they were trained on, and attach them.
 
-    `base` and `bits` override what the first version's manifest says. Raises BaseMismatch as `attach` does, before
-    the adapters are loaded.
+    `base` and `bits` override what the first version's manifest says. Raises what `attach` raises.
     """
     recorded = versions[0].manifest.base
     known = BaseSpec(source=base) if base else None

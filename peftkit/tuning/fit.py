@@ -36,8 +36,11 @@ def check_base(version: Version, backbone: Backbone, *, other_base: bool, report
     With `other_base` a warning is reported and a receipt returned instead; without a difference there is no receipt.
     """
     recorded, used = version.manifest.base, backbone.base.source
-    parts = {str(part): digest for part, digest in recorded.parts.items()}
-    differing = backbone.identity.differences(parts)
+    parts, present = {str(part): digest for part, digest in recorded.parts.items()}, backbone.identity.parts()
+    # What a manifest does not state is not known to be the same: a stranger's may state nothing.
+    differing = [part for part, digest in present.items() if parts.get(part) != digest]
+    if not differing and recorded.fingerprint != backbone.identity.fingerprint:
+        differing = ["fingerprint"]
     quantized = str((recorded.quantization or {}).get("label", backbone.label))
     if quantized != backbone.label:
         report(Warned(f"{version.reference} was trained on {quantized} weights and is used on {backbone.label}"))
@@ -56,9 +59,9 @@ def check_base(version: Version, backbone: Backbone, *, other_base: bool, report
 
 
 def _mismatch(version: Version, used: str, differing: list[str]) -> str:
-    what = ", ".join(name.replace("_", " ") for name in differing)
-    same = " (the weights are the same)" if "weights" not in differing else ""
-    return f"{version.reference} was trained on {version.manifest.base.source}; {used} differs in: {what}{same}"
+    stated = version.manifest.base.parts
+    what = ", ".join(part.replace("_", " ") + ("" if part in stated else " (not stated)") for part in differing)
+    return f"{version.reference} was trained on {version.manifest.base.source}; {used} differs in: {what}"
 
 
 def _explained(version: Version, backbone: Backbone, relation: Relation | None) -> list[str]:
@@ -77,7 +80,7 @@ def _mended(source: str, parts: dict[str, str], relation: Relation | None) -> st
     revisions = fitting_revisions(parts, source)
     fits = f"the adapter fits revision {revisions[0]} of {source}, which is on this machine; " if revisions else ""
     knowingly = "--other-base goes on with the measured error" if relation else "--other-base goes on all the same"
-    return f"{fits}use base={source}, or {knowingly}; what differs is then recorded"
+    return f"{fits}use base={source}, or {knowingly}, and is recorded in what is made with it"
 
 
 def fitted(

@@ -20,12 +20,11 @@ from peftkit.base import identity, raw
 from peftkit.base.identity import (
     fitting_revisions,
     identify,
-    known_places,
     license_of,
-    remember_place,
     tensors,
     weight_files,
 )
+from peftkit.base.places import known_places, remember_place
 from peftkit.errors import BaseError
 
 

@@ -20,7 +20,7 @@ from peftkit.base import relations
 from peftkit.base.dense import FourBit, dense_tensors
 from peftkit.base.identity import identify
 from peftkit.base.raw import rounded, widen
-from peftkit.base.relations import Relation, decode, find, measure
+from peftkit.base.relations import Relation, decode, measure
 from peftkit.errors import BaseError
 from peftkit.events import Event, Phase, Progress
 
@@ -433,13 +433,3 @@ def test_a_relation_that_does_not_follow_the_format_is_refused(change: dict[str,
         decode(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode() + b"\n")
     assert said in caught.value.fact
     assert caught.value.fact.isprintable()
-
-
-def test_a_relation_is_found_from_either_side_by_id_or_digest() -> None:
-    other = Relation("c" * 64, "b" * 64, "cast", {"w": 0.5})
-    known = [RELATION, other]
-    assert find(known, "a" * 16, "b" * 16) is RELATION
-    assert find(known, "b" * 64, "c" * 16) is other
-    assert find(known, "a" * 16, "c" * 16) is None
-    assert find(known, "a" * 16, "a" * 16) is None
-    assert find([], "a" * 16, "b" * 16) is None

@@ -104,7 +104,7 @@ def test_an_exported_folder_loads_with_plain_peft_and_imports_again(
             logits.append(model(input_ids=torch.tensor([[5, 6, 7]])).logits)
     assert torch.equal(*logits)
     again = reply(cli("import", "out", "--registry", "elsewhere", "--json"))
-    assert again == {"version": imported, "latest_before": None, "receipt": again["receipt"]}
+    assert again == {"version": imported, "latest_before": None, "receipt": again["receipt"], "not_attachable": None}
     assert cli("push", "lamps", "elsewhere")[0] == 0
     assert cli("export", "lamps", "--out", "out")[0] == 1
 

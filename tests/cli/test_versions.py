@@ -53,7 +53,10 @@ def test_an_alias_moves_is_restored_and_removed(cli: Cli, versions: list[Version
     assert cli("restore", "tickets", "prod")[:2] == (0, f"tickets@prod is again {second.reference}\n")
     code, _, err = cli("restore", "tickets", "nobody")
     assert code == 1
-    assert "no earlier place" in err
+    assert "has no alias 'nobody'" in err
+    code, _, err = cli("restore", "tickets@prod")
+    assert code == 1
+    assert "use 'tickets'" in err
     code, _, err = cli("tag", "--remove", "tickets", "latest")
     assert code == 1
     assert "cannot be removed" in err
@@ -96,7 +99,8 @@ def test_gc_lists_before_it_removes(cli: Cli, versions: list[Version], tmp_path:
 def test_verify_names_the_damaged_file(cli: Cli, versions: list[Version]) -> None:
     first, second = versions
     assert cli("verify")[1].endswith("2 versions, all whole\n")
-    assert cli("verify", "tickets", "--read-data")[1] == f"{second.reference} is whole: 2 files\n"
+    assert cli("verify", "tickets", "--read-data")[1] == "tickets: 2 versions, all whole\n"
+    assert cli("verify", "tickets@latest", "--read-data")[1] == f"{second.reference} is whole: 2 files\n"
     path = first.path / "adapter_model.safetensors"
     path.chmod(0o644)
     data = bytearray(path.read_bytes())

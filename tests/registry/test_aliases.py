@@ -140,9 +140,10 @@ def test_restore_to_a_record(registry: Registry, published: Ids) -> None:
 
 def test_restore_needs_an_earlier_place(registry: Registry, published: Ids) -> None:
     move(registry, published[0], "prod")
-    for alias in ("prod", "never"):
-        with pytest.raises(AdapterNotFound, match=f"tickets@{alias} has no earlier place"):
-            registry.restore("tickets", alias)
+    with pytest.raises(AdapterNotFound, match="tickets@prod has no earlier place"):
+        registry.restore("tickets", "prod")
+    with pytest.raises(AdapterNotFound, match="'tickets' has no alias 'never'"):
+        registry.restore("tickets", "never")
     with pytest.raises(AdapterNotFound, match="no adapter is called 'sql'"):
         registry.restore("sql")
     assert targets(registry, "prod") == published[:1]

@@ -83,18 +83,24 @@ def _holds(path: str) -> str:
 
 def _check_target(registry: Registry, out: Path) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise RegistryError(f"{out} is not a folder", expected="a new or empty folder", hint="choose another --out")
+        raise RegistryError(f"{out} is not a folder", expected="a new or empty folder", hint="choose another folder")
     if out.is_dir() and (held := sorted(entry.name for entry in os.scandir(out))):
         raise RegistryError(
             f"{out} is not empty: it holds {', '.join(held[:5])}{' …' if len(held) > 5 else ''}",
             expected="a new or empty folder",
-            hint="choose another --out; an export never writes over files",
+            hint="choose another folder; an export never writes over files",
+        )
+    if out.resolve() == Path.cwd():
+        raise RegistryError(
+            f"{out} is the folder you are in, which would be replaced under you",
+            expected="a new or empty folder",
+            hint="name a folder inside it",
         )
     if out.resolve().is_relative_to(registry.root.resolve()):
         raise RegistryError(
             f"{out} lies inside the registry {registry.root}",
             expected="a folder outside it",
-            hint="choose another --out",
+            hint="choose another folder",
         )
 
 
@@ -141,5 +147,5 @@ def _place(building: Path, out: Path) -> None:
         raise RegistryError(
             f"{out} was filled while the export was written",
             expected="a new or empty folder",
-            hint="choose another --out",
+            hint="choose another folder",
         ) from error

@@ -13,6 +13,7 @@ from peftkit.canonical import canonical_json, strict_json
 from peftkit.errors import AdapterDamaged, BaseError, BaseMismatch, RegistryError
 from peftkit.registry import durable, receipts
 from peftkit.registry import manifest as manifests
+from peftkit.registry.bases import describes
 from peftkit.registry.exchange.taking import ImportBase, Taken, read_small
 from peftkit.registry.intake import Intake, inspect
 from peftkit.registry.intake.quarantine import CONFIG
@@ -41,9 +42,8 @@ def take(
     manifest = manifests.decode(written, source / MANIFEST)
     _check_files(source, manifest)
     record = _record(source, manifest, base, known)
-    shapes = record.shapes() if record else None
-    dtypes = {tensor: entry.dtype for tensor, entry in record.tensors.items()} if record else None
-    intake = inspect(source, quarantine, shapes, dtypes)
+    dtypes = {tensor: entry.dtype for tensor, entry in record.tensors.items()}
+    intake = inspect(source, quarantine, record.shapes(), dtypes)
     _check_digests(source, manifest, intake)
     if intake.config is not None:
         _keep_config(source, quarantine, manifest, intake.config)
@@ -64,10 +64,14 @@ def _check_files(source: Path, manifest: Manifest) -> None:
 
 def _record(
     source: Path, manifest: Manifest, base: ImportBase | None, known: Callable[[str], BaseRecord | None]
-) -> BaseRecord | None:
+) -> BaseRecord:
     wanted = manifest.base.record
     if wanted is None:
-        return None
+        raise RegistryError(
+            f"the manifest in {source} names no base record, so nothing says which base it fits",
+            expected="an adapter that was exported with the record of its base",
+            hint="import it as a plain PEFT checkpoint: move its manifest.json away and add --base REF",
+        )
     if base is not None and base.record.id != wanted:
         recorded = _stored_record(source, wanted) or known(wanted)
         differs = explain(recorded, base.record)[:3] if recorded else [f"its record is {base.record.id}"]
@@ -82,7 +86,7 @@ def _record(
         raise AdapterDamaged(
             f"{source} lacks {BASE_RECORD}", expected=f"the base record {wanted}, which its manifest names", hint=_AGAIN
         )
-    if record.parts() != manifest.base.parts or record.fingerprint != manifest.base.fingerprint:
+    if not describes(record, manifest.base):
         raise AdapterDamaged(
             f"the base record {wanted} and the manifest in {source} describe different bases",
             expected="the parts and the fingerprint that the record gives",
@@ -154,7 +158,7 @@ def _names_base(stated: Any, base: str) -> bool:
     return stated == base and not set(base) & {"/", "\\", "\0"} and base not in (".", "..")
 
 
-def _renamed(manifest: Manifest, name: str, version_id: str, record: BaseRecord | None) -> Taken:
+def _renamed(manifest: Manifest, name: str, version_id: str, record: BaseRecord) -> Taken:
     files = {path: file.sha256 for path, file in manifest.files.items()}
     receipt = receipts.imported(f"{manifest.name}@{version_id}", files, [], [], "manifest")
     fields = manifest.model_dump(mode="json", include=set(Draft.model_fields))

@@ -140,9 +140,10 @@ def _head(hub: Hub, remote: Remote) -> tuple[str | None, set[str]]:
     folder = Path(tempfile.mkdtemp(prefix="peftkit-push-"))
     try:
         written = read_small(hub.fetch(file, remote.commit, folder), LARGEST_MANIFEST)
-        manifest = manifests.decode(written, Path(MANIFEST))
-    except RegistryError:
-        return "another", set()
+        try:
+            manifest = manifests.decode(written, Path(MANIFEST))
+        except RegistryError:
+            return "another", set()
     finally:
         durable.delete(folder)
     return f"{manifest.name}@{manifests.compute_id(written)}", set(manifest.files)

@@ -30,10 +30,6 @@ class Tensor:
     first: int
     end: int
 
-    @property
-    def numbers(self) -> int:
-        return (self.end - self.first) // WIDTHS[self.dtype]
-
 
 def read_header(stream: BinaryIO, size: int) -> tuple[bytes, list[Tensor]]:
     """The raw first bytes of a file of `size` bytes, up to its tensors, and its tensors in the order of their bytes."""
