@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from peftkit.canonical import canonical_json, digest_json, strict_json
 from peftkit.errors import BaseError
@@ -23,6 +23,13 @@ _FIELDS = {"format", "config", "tokenizer", "special_tokens", "chat_template", "
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _NAMED = 3
 _WIDTH = 40
+
+
+class _Encoded(Protocol):
+    def encode(self) -> bytes: ...
+
+
+T = TypeVar("T", bound=_Encoded)
 
 
 @dataclass(frozen=True)
@@ -107,25 +114,31 @@ class BaseRecord:
 
 def decode(data: bytes) -> BaseRecord:
     """Read an encoded record; BaseError says what is wrong with bytes that `encode` cannot have written."""
+    return decode_as(_record_of, _FIELDS, data, "record of a base", again="identify the base again")
+
+
+def decode_as(read: Callable[[dict[str, Any]], T], fields: set[str], data: bytes, what: str, *, again: str) -> T:
+    """What `read` makes of the JSON object `data` with exactly `fields`; BaseError unless it encodes to these bytes."""
     try:
-        record = _record_of(strict_json(data))
-        if record.encode() != data:
+        raw = strict_json(data)
+        if not isinstance(raw, dict):
+            raise ValueError("it is not a JSON object")
+        if raw.get("format") != FORMAT:
+            raise ValueError(f"its format is {raw.get('format')!r}")
+        _check_fields(raw, fields)
+        found = read(raw)
+        if found.encode() != data:
             raise ValueError("its spelling is not the canonical one")
     except (ValueError, RecursionError) as error:
         raise BaseError(
-            f"this is no record of a base: {plain(str(error), 200)}",
+            f"this is no {what}: {plain(str(error), 200)}",
             expected=f"the bytes that peftkit wrote, format {FORMAT}",
-            hint="the record is damaged or of another version: identify the base again",
+            hint=f"it is damaged or of another version: {again}",
         ) from None
-    return record
+    return found
 
 
-def _record_of(raw: Any) -> BaseRecord:
-    if not isinstance(raw, dict):
-        raise ValueError("it is not a JSON object")
-    if raw.get("format") != FORMAT:
-        raise ValueError(f"its format is {raw.get('format')!r}")
-    check_fields(raw, _FIELDS)
+def _record_of(raw: dict[str, Any]) -> BaseRecord:
     template = raw["chat_template"]
     if not isinstance(raw["config"], dict) or not isinstance(raw["special_tokens"], dict):
         raise ValueError("config and special_tokens must be objects")
@@ -146,7 +159,7 @@ def tensors_of(raw: Any) -> dict[str, TensorDigest]:
 def _tensor_of(name: str, entry: Any) -> TensorDigest:
     if not isinstance(entry, dict):
         raise ValueError(f"the tensor {name!r} is not an object")
-    check_fields(entry, {"dtype", "shape", "sha256"})
+    _check_fields(entry, {"dtype", "shape", "sha256"})
     shape = entry["shape"]
     if not isinstance(entry["dtype"], str):
         raise ValueError(f"the tensor {name!r} has no dtype")
@@ -155,7 +168,7 @@ def _tensor_of(name: str, entry: Any) -> TensorDigest:
     return TensorDigest(entry["dtype"], tuple(shape), check_digest(entry["sha256"]))
 
 
-def check_fields(raw: dict[str, Any], wanted: set[str]) -> None:
+def _check_fields(raw: dict[str, Any], wanted: set[str]) -> None:
     """Raise ValueError unless `raw` has exactly the fields `wanted`."""
     for field in sorted(wanted - raw.keys()):
         raise ValueError(f"the field {field!r} is missing")

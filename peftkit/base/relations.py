@@ -19,8 +19,8 @@ import numpy as np
 from peftkit.base.dense import Dense, dense_tensors
 from peftkit.base.identity import identify
 from peftkit.base.raw import Array, rounded
-from peftkit.base.record import FORMAT, check_digest, check_fields, plain
-from peftkit.canonical import canonical_json, strict_json
+from peftkit.base.record import FORMAT, check_digest, decode_as, plain
+from peftkit.canonical import canonical_json
 from peftkit.errors import BaseError
 from peftkit.events import Phase, Progress, Report, silent
 
@@ -192,25 +192,10 @@ def _is_rounded(values: Array, found: Array, dtype: str) -> bool:
 
 def decode(data: bytes) -> Relation:
     """Read an encoded relation; BaseError says what is wrong with bytes that `encode` cannot have written."""
-    try:
-        relation = _relation_of(strict_json(data))
-        if relation.encode() != data:
-            raise ValueError("its spelling is not the canonical one")
-    except (ValueError, RecursionError) as error:
-        raise BaseError(
-            f"this is no relation of two bases: {plain(str(error), 200)}",
-            expected=f"the bytes that peftkit wrote, format {FORMAT}",
-            hint="the file is damaged or of another version: measure the two bases again",
-        ) from None
-    return relation
+    return decode_as(_relation_of, _FIELDS, data, "relation of two bases", again="measure the two bases again")
 
 
-def _relation_of(raw: Any) -> Relation:
-    if not isinstance(raw, dict):
-        raise ValueError("it is not a JSON object")
-    if raw.get("format") != FORMAT:
-        raise ValueError(f"its format is {raw.get('format')!r}")
-    check_fields(raw, _FIELDS)
+def _relation_of(raw: dict[str, Any]) -> Relation:
     errors = raw["tensors"]
     if raw["kind"] not in get_args(Kind):
         raise ValueError(f"its kind is {raw['kind']!r}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import suppress
 from typing import Any
 
 
 def run() -> None:
     """Console-script entry point."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    terminate_like_ctrl_c()
     try:
         from peftkit.cli.main import main  # about 0.3 s
 
@@ -20,5 +21,11 @@ def run() -> None:
     raise SystemExit(code)
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+def terminate_like_ctrl_c() -> None:
+    """Let SIGTERM save what Ctrl-C would save; outside the main thread signals are not ours to set."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    with suppress(ValueError):
+        signal.signal(signal.SIGTERM, interrupt)

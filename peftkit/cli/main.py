@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 130 int
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -34,6 +33,7 @@ from peftkit.cli import (
     versions,
 )
 from peftkit.cli.console import console, harmless
+from peftkit.cli.entry import terminate_like_ctrl_c
 from peftkit.errors import PeftkitError
 from peftkit.recipe import Interrupted
 
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = ["--debug", *(a for a in given if a != "--debug")] if debug else given
-    _terminate_like_ctrl_c()
+    terminate_like_ctrl_c()
     try:
         code = app(args=given, prog_name="peftkit", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -137,15 +137,3 @@ def run_recipe(path: str) -> int:
 
 def _print_error(text: str) -> None:
     console(stderr=True).print(harmless(f"peftkit: {text}"), markup=False)
-
-
-def _terminate_like_ctrl_c() -> None:
-    """Let SIGTERM save what Ctrl-C would save; outside the main thread signals are not ours to set."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        return

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from peftkit.cli.main import main
 from peftkit.registry import Draft, Registry, Version
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -47,18 +46,6 @@ def versions(tmp_path: Path) -> list[Version]:
     store.tag(first.reference, "prod")
     bad = "evil\x1b[2J\nadapter  \u202egnp.exe"
     return [first, second, publish("tone", 0.25, bad, run=bad)]
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    monkeypatch.setenv("PEFTKIT_REGISTRY", str(tmp_path / "registry"))
-
-    def cli(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(list(arguments))
-        return code, *capfd.readouterr()
-
-    return cli
 
 
 def reply(result: tuple[int, str, str]) -> Any:

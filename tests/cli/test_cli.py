@@ -38,18 +38,8 @@ def home(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    for name in ("REGISTRY", "RUNS", "CACHE"):
-        monkeypatch.setenv(f"PEFTKIT_{name}", str(home / name.lower()))
-    monkeypatch.chdir(home)
-
-    def cli(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(list(arguments))
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return cli
+def places(home: Path) -> Path:
+    return home
 
 
 def reply(result: tuple[int, str, str]) -> Any:

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from registry.exchange.fake_hub import TOKEN, FakeHub, serve
 
-from peftkit.cli.main import main
-
 Cli = Callable[..., tuple[int, str, str]]
 
 
@@ -28,21 +26,6 @@ def saved(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "Lamps"
     model.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    for name in ("REGISTRY", "RUNS", "CACHE"):
-        monkeypatch.setenv(f"PEFTKIT_{name}", str(tmp_path / name.lower()))
-    monkeypatch.chdir(tmp_path)
-
-    def cli(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(list(arguments))
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return cli
 
 
 @pytest.fixture

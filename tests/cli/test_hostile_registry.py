@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from peftkit.base.record import BaseRecord, TensorDigest
-from peftkit.cli.main import main
 from peftkit.registry import Draft, Registry, Version
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -50,22 +49,6 @@ def registry(tmp_path: Path) -> Registry:
         fields = {"kind": "peft", "base": base, "recipe": recipe, "metrics": {"other": {"n": number}}}
         store.publish("tickets", payload, Draft.model_validate(fields), base=RECORD)
     return store
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    for name in ("registry", "runs", "cache"):
-        monkeypatch.setenv(f"PEFTKIT_{name.upper()}", str(tmp_path / name))
-    monkeypatch.chdir(tmp_path)
-
-    def cli(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(list(arguments))
-        out, err = capfd.readouterr()
-        assert "bug in peftkit" not in err
-        return code, out, err
-
-    return cli
 
 
 @pytest.fixture

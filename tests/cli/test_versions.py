@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from peftkit.cli.main import main
 from peftkit.registry import Draft, Registry, Version
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -29,18 +28,6 @@ def versions(tmp_path: Path) -> list[Version]:
     parent = {"name": "tickets", "version": first.id, "relation": "continued"}
     draft = Draft.model_validate({"kind": "peft", "base": base, "parents": [parent]})
     return [first, store.publish("tickets", payload, draft)]
-
-
-@pytest.fixture
-def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    monkeypatch.setenv("PEFTKIT_REGISTRY", str(tmp_path / "registry"))
-
-    def cli(*arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        code = main(list(arguments))
-        return code, *capfd.readouterr()
-
-    return cli
 
 
 def test_an_alias_moves_is_restored_and_removed(cli: Cli, versions: list[Version]) -> None:
