@@ -23,6 +23,7 @@ from peftkit.registry.select import Filters, select
 
 _MOST_LEVELS = 12
 _MOST_MOVES = 20
+_MOST_ROWS = 200
 _MOST_NAMED = 3
 _WIDEST = 400
 _WIDEST_CELL, _BEFORE = 40, 12
@@ -164,10 +165,16 @@ def _making(version: Version, children: list[Summary]) -> list[tuple[str, Any]]:
             (f"data, {each.role}", f"{each.source}: {each.rows} rows, {render.number(each.tokens)} tokens")
             for each in manifest.data
         ),
-        *(("parent", f"{each.name}@{each.version} ({each.relation})") for each in manifest.parents),
+        *(("parent", f"{each.name}@{each.version} ({each.relation})") for each in manifest.parents[:_MOST_ROWS]),
+        *_rest(len(manifest.parents)),
         ("children", f"{len(children)}" + (f"; peftkit log {version.reference}" if children else "")),
         *(("receipt", receipt["type"]) for receipt in manifest.receipts),
     ]
+
+
+def _rest(count: int) -> list[tuple[str, str]]:
+    """What says that not all rows are shown: a stranger's manifest may name 10,000 parents."""
+    return [("", f"{count - _MOST_ROWS} more: --json")] if count > _MOST_ROWS else []
 
 
 def _results(version: Version) -> list[tuple[str, Any]]:
@@ -203,8 +210,8 @@ def _log(found: Lineage) -> str:
 
 def _tree(steps: tuple[Step, ...]) -> list[str]:
     lines = []
-    shown = [step for step in steps if step.depth <= _MOST_LEVELS]
-    for before, beside, step in branches(shown):
+    near = [step for step in steps if step.depth <= _MOST_LEVELS]
+    for before, beside, step in branches(near[:_MOST_ROWS]):
         what = f"{before}{step.relation}  "
         if step.summary is None:
             lines.append(f"{what}{plain(step.reference)}  removed, or in another registry")
@@ -213,8 +220,9 @@ def _tree(steps: tuple[Step, ...]) -> list[str]:
         else:
             lines.append(what + _title(step.summary))
             lines += [f"{beside}   {line}" for line in _details(step.summary)]
-    if len(shown) < len(steps):
-        lines.append(f"{len(steps) - len(shown)} more, further than {_MOST_LEVELS} steps away: --json")
+    lines += [text for _, text in _rest(len(near))]
+    if len(near) < len(steps):
+        lines.append(f"{len(steps) - len(near)} more, further than {_MOST_LEVELS} steps away: --json")
     return lines
 
 
@@ -237,9 +245,10 @@ def _details(each: Summary) -> list[str]:
 
 
 def _difference(found: Difference) -> str:
-    rows = [(row.section, row.key, *_sides(row), render.number(row.change)) for row in found.rows]
+    rows = [(row.section, row.key, *_sides(row), render.number(row.change)) for row in found.rows[:_MOST_ROWS]]
     lines = [render.facts([("A", found.left), ("B", found.right)]), ""]
     lines.append(render.table(("", "", "A", "B", "B − A"), rows, _WIDEST_CELL) if rows else "nothing differs")
+    lines += [text for _, text in _rest(len(found.rows))]
     if found.base:
         lines += ["", "the base of B, seen from that of A:", *(f"- {sentence}" for sentence in found.base)]
     return "\n".join([*lines, "", "equal: " + ", ".join(f"{count} in {name}" for name, count in found.equal.items())])

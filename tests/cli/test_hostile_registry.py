@@ -183,6 +183,21 @@ def test_a_message_about_a_hostile_manifest_stays_short(cli: Cli, forge: Callabl
     assert len(cli("import", str(forge(lambda m: m.update(format={"x": "y" * 100_000}))))[2]) < 2000
 
 
+def test_a_manifest_of_ten_thousand_parents_and_figures_is_shown_in_part(
+    cli: Cli, registry: Registry, forge: Callable[..., Path]
+) -> None:
+    before = latest(registry).reference
+    parents = [{"name": "tickets", "version": f"{n:016x}", "relation": "combined"} for n in range(10_000)]
+    figures = {"other": {f"n{n}": n for n in range(10_000)}}
+    folder = forge(lambda m: m.update(parents=parents, metrics={"before": {}, "after": {}, **figures}))
+    assert cli("import", str(folder))[0] == 0
+    for command in (("show", "tickets"), ("log", "tickets"), ("diff", before, "tickets")):
+        code, out, _ = cli(*command)
+        assert code == 0
+        assert "more: --json" in out
+        assert len(out) < 60_000
+
+
 def test_a_condition_of_spaces_is_answered_at_once(cli: Cli, registry: Registry) -> None:
     code, _, err = cli("list", "--metric", " " * 100_000 + "x")
     assert code == 1
