@@ -1,0 +1,1 @@
+"""Memory, time and disk of a run as arithmetic, and the settings that fit a budget; no torch, no weights read."""
