@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftkit import durable
 from peftkit.canonical import canonical_json, digest_json, strict_json
 from peftkit.errors import AdapterDamaged, RegistryError
-from peftkit.registry import durable
 from peftkit.registry.layout import FORMAT, Layout, is_alias, is_record_name, is_version_id
 from peftkit.registry.manifest import check_format, timestamp
 from peftkit.registry.reading import LARGEST_MOVE, read_plain

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from peftkit import durable
 from peftkit.base.record import BaseRecord
 from peftkit.base.record import decode as decode_record
 from peftkit.canonical import strict_json
 from peftkit.errors import AdapterDamaged, BaseError, RegistryError
-from peftkit.registry import durable
 from peftkit.registry.layout import FORMAT, Layout, is_version_id
 from peftkit.registry.manifest import Base, Version, check_format
 from peftkit.registry.reading import LARGEST_RECORD, read_plain

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkit import durable
 from peftkit.errors import AdapterDamaged, RegistryError
 from peftkit.registry import aliases as alias_records
-from peftkit.registry import bases, durable, lookup
+from peftkit.registry import bases, lookup
 from peftkit.registry.layout import LATEST, check_name, is_name, parse_reference
 from peftkit.registry.manifest import Version
 from peftkit.registry.store import Registry

@@ -6,8 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from peftkit.durable import copy_file, sync_folder
 from peftkit.errors import RegistryError
-from peftkit.registry.durable import copy_file, sync_folder
 from peftkit.registry.layout import REQUIRED_FILES, check_file
 from peftkit.registry.manifest import File
 from peftkit.registry.verify import content_problems

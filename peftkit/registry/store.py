@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
+from peftkit import durable
 from peftkit.base.record import BaseRecord
 from peftkit.errors import AdapterDamaged, AdapterNotFound, RegistryError
 from peftkit.registry import aliases as alias_records
-from peftkit.registry import bases, durable, lookup, manifest, payload, verify
+from peftkit.registry import bases, lookup, manifest, payload, verify
 from peftkit.registry.aliases import Move
 from peftkit.registry.layout import LATEST, MANIFEST, Layout, check_alias, check_name, is_version_id, parse_reference
 from peftkit.registry.layout import is_name as _is_name

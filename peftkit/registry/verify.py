@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from peftkit.canonical import strict_json
+from peftkit.durable import digest_file
 from peftkit.errors import RegistryError
 from peftkit.registry import aliases, bases
 from peftkit.registry import manifest as manifests
-from peftkit.registry.durable import digest_file
 from peftkit.registry.headers import header_problems
 from peftkit.registry.layout import (
     LATEST,

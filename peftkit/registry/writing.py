@@ -10,10 +10,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from peftkit import durable
 from peftkit.canonical import canonical_json
 from peftkit.errors import RegistryError
 from peftkit.process import identity, is_alive
-from peftkit.registry import durable, manifest
+from peftkit.registry import manifest
 from peftkit.registry.layout import FORMAT, Layout
 
 MARKER = canonical_json({"format": FORMAT}) + b"\n"

@@ -8,8 +8,9 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkit import durable
 from peftkit.errors import AdapterDamaged, RegistryError
-from peftkit.registry import bases, durable, verify
+from peftkit.registry import bases, verify
 from peftkit.registry.exchange.card import card
 from peftkit.registry.layout import BASE_RECORD, MANIFEST
 from peftkit.registry.manifest import Version

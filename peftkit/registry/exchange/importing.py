@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkit import durable
 from peftkit.base.record import BaseRecord, plain
 from peftkit.errors import RegistryError
 from peftkit.registry import aliases as alias_records
-from peftkit.registry import bases, durable
+from peftkit.registry import bases
 from peftkit.registry import manifest as manifests
 from peftkit.registry.exchange import foreign, published
 from peftkit.registry.exchange.taking import ImportBase, Taken

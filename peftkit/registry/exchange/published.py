@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peftkit import durable
 from peftkit.base.record import BaseRecord, explain, plain
 from peftkit.base.record import decode as decode_record
 from peftkit.canonical import canonical_json, strict_json
 from peftkit.errors import AdapterDamaged, BaseError, BaseMismatch, RegistryError
-from peftkit.registry import durable, receipts
 from peftkit.registry import manifest as manifests
+from peftkit.registry import receipts
 from peftkit.registry.bases import describes
 from peftkit.registry.exchange.taking import ImportBase, Taken, read_small
 from peftkit.registry.intake import Intake, inspect

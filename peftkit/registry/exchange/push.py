@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftkit import durable
 from peftkit.errors import RegistryError
-from peftkit.registry import bases, durable
+from peftkit.registry import bases
 from peftkit.registry import manifest as manifests
 from peftkit.registry.exchange import leaving
 from peftkit.registry.exchange.export import CARD, Piece, export, pieces

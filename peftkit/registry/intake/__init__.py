@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkit.registry.durable import write_file
+from peftkit.durable import write_file
 from peftkit.registry.intake.config import check_config, method_of, read_config
 from peftkit.registry.intake.header import Tensor
 from peftkit.registry.intake.methods import methods

@@ -1,4 +1,4 @@
-"""Changes of what readers of a registry see: each returns only after it is safe from a crash.
+"""Changes of a store on disk that others see: each returns only after it is safe from a crash.
 
 Safe means: the bytes of a file were fsynced before the entry that names it, and the folder that holds the entry after
 it. An error from fsync is never retried: after a failed fsync the kernel may drop the dirty pages, and report success
