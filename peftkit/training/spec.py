@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from peftkit.config import Spec
 
@@ -30,16 +30,32 @@ class TrainSpec(Spec):
     """Forward passes per optimizer step; a step sees this many times per_device_train_batch_size rows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep activations in host memory between forward and backward pass: less GPU memory, more time; needs CUDA."""
     optim: Literal["auto", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adamw_8bit", "sgd"] = "auto"
     """auto takes a paged 8-bit AdamW on CUDA over quantized weights, AdamW otherwise."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
+    eval_steps: int | None = Field(default=None, gt=0)
+    """Measure the likelihood of the held-out rows after so many steps; None measures before and after training only."""
+    early_stopping_patience: int | None = Field(default=None, gt=0)
+    """Stop after so many measurements in a row without a better one, and go on with the best; needs eval_steps."""
+    save_steps: int | None = Field(default=None, gt=0)
+    """Steps between checkpoints; None makes ten in a run. Ctrl-C and the last step write one too."""
+    save_total_limit: int = Field(default=2, gt=0)
+    """Checkpoints kept: the last so many, and the best measured one."""
     report_to: list[str] = []
     """Trackers of transformers to send figures to; none by default."""
     seed: int = 0
     """Seed of data order and dropout."""
+
+    @model_validator(mode="after")
+    def _patience_needs_measurements(self) -> Self:
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ValueError("early_stopping_patience needs eval_steps: nothing is measured during training")
+        return self
 
     @property
     def rows_per_step(self) -> int:

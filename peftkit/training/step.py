@@ -17,26 +17,7 @@ import torch
 from peftkit.data.chat import IGNORED
 from peftkit.errors import TrainingError
 from peftkit.generation.forward import Labelled, by_length, pad, token_nll
-
-
-@dataclass(frozen=True)
-class RngState:
-    """Torch's random state on the CPU and, where there is one, the CUDA device."""
-
-    cpu: torch.Tensor
-    cuda: torch.Tensor | None
-
-    @classmethod
-    def capture(cls, device: torch.device) -> RngState:
-        """The state now."""
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda)
-
-    def restore(self, device: torch.device) -> None:
-        """Draw again from here."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, device)
+from peftkit.training import random_state
 
 
 @dataclass(frozen=True)
@@ -70,7 +51,7 @@ class Step:
         self.forward = forward
         self.backward = backward or (lambda loss: loss.backward())
         self.answer_tokens = sum(label != IGNORED for row in rows for label in row.labels[1:])
-        self._rng = RngState.capture(device)
+        self._random = random_state.capture(device)
         if self.answer_tokens == 0:
             raise TrainingError("a step has no answer token, so it has no loss", expected="labels in every step")
 
@@ -101,5 +82,5 @@ class Step:
         """Throw the step's gradients away and run it again from its saved random state, split as asked."""
         for parameter in self.model.parameters():
             parameter.grad = None
-        self._rng.restore(self.device)
+        random_state.restore(self._random, self.device)
         return self.run(micro_batch_size)

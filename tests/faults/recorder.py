@@ -18,7 +18,7 @@ from typing import Any
 from faults.disk import TOP, Disk, Event, Slot, Tree
 
 CHANGES = ("open", "write", "fsync", "mkdir", "rename", "link", "unlink", "rmdir")
-_REGISTRY = f"{os.sep}peftkit{os.sep}registry{os.sep}"
+_STORE = (f"{os.sep}peftkit{os.sep}registry{os.sep}", f"{os.sep}peftkit{os.sep}durable.py")
 _TRUE: dict[str, Callable[..., Any]] = {name: getattr(os, name) for name in (*CHANGES, "replace", "fchmod")}
 
 
@@ -228,7 +228,7 @@ def _sites() -> tuple[str, ...]:
     """The lines of the registry's code that are running, as `file:line`."""
     frame, found = sys._getframe(2), []
     while frame is not None:
-        if _REGISTRY in frame.f_code.co_filename:
+        if any(part in frame.f_code.co_filename for part in _STORE):
             found.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
         frame = frame.f_back  # type: ignore[assignment]
     return tuple(found)

@@ -15,7 +15,8 @@ from faults.lab import Lab, Trace
 from faults.scenarios import Case
 from faults.sites import FOLDER, fsync_sites
 
-from peftkit.registry import Registry, durable
+from peftkit import durable
+from peftkit.registry import Registry
 
 
 def caught(lab: Lab, traces: list[Trace], site: str) -> str | None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from peftkit import durable
 from peftkit.errors import AdapterDamaged, AdapterNotFound, RegistryError
-from peftkit.registry import Draft, Registry, aliases, check_root, durable, remove
+from peftkit.registry import Draft, Registry, aliases, check_root, remove
 
 Ids = list[str]
 

@@ -18,8 +18,8 @@ def make_base(pytestconfig: pytest.Config) -> Callable[..., Path]:
     return pytestconfig.pluginmanager.get_plugin(str(Path(__file__).parents[1] / "conftest.py")).write_base
 
 
-@pytest.fixture
-def tuned(tiny_base: Path, tmp_path: Path) -> Callable[..., Any]:
+@pytest.fixture(scope="session")
+def tuned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """An adapter injected into the tiny base (or another folder); keywords of QuantSpec or AdapterSpec."""
     from peftkit.backbone.load import load_backbone
     from peftkit.backbone.spec import QuantSpec
@@ -27,11 +27,13 @@ def tuned(tiny_base: Path, tmp_path: Path) -> Callable[..., Any]:
     from peftkit.tuning.inject import inject
     from peftkit.tuning.methods import AdapterSpec
 
+    cache = tmp_path_factory.mktemp("cache")
+
     def tuned(folder: Path | None = None, **settings: Any) -> Any:
         quant = {key: value for key, value in settings.items() if key in QuantSpec.model_fields}
         adapter = {key: value for key, value in settings.items() if key not in quant}
         source = BaseSpec(source=str(folder or tiny_base))
-        backbone = load_backbone(source, QuantSpec(**quant), tmp_path / "cache")
+        backbone = load_backbone(source, QuantSpec(**quant), cache)
         return inject(backbone, AdapterSpec(**{"r": 4, **adapter}))
 
     return tuned

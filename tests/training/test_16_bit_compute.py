@@ -12,8 +12,9 @@ from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec
 from peftkit.data.chat import Example
 from peftkit.training.schedule import schedule
-from peftkit.training.sft import sft_arguments, train
+from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
+from peftkit.training.trainer import sft_arguments
 from peftkit.tuning.inject import Tuned, inject
 from peftkit.tuning.methods import AdapterSpec
 

@@ -22,9 +22,11 @@ from peftkit.data.chat import IGNORED, Example
 from peftkit.errors import TrainingError
 from peftkit.events import Decision, Phase, Progress
 from peftkit.generation.forward import row_nll
-from peftkit.training import sft
-from peftkit.training.sft import Schedule, StepTrainer, schedule, sft_arguments, train
+from peftkit.training import trainer as sft
+from peftkit.training.schedule import Schedule, schedule
+from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
+from peftkit.training.trainer import StepTrainer, sft_arguments
 from peftkit.tuning.inject import Tuned
 
 Rows = Callable[..., list[Example]]
@@ -226,7 +228,7 @@ def test_labels_come_from_the_rows_alone(tuned: Make, rows: Rows, tmp_path: Path
         for i, row in enumerate(examples)
     ]
     trainer = trainer_for(model, examples, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    loss = trainer.training_step(model.model, [{"index": index} for index in range(3)])
+    loss = trainer.training_step(model.model, (0, 1, 2))
     found = {name: parameter.grad.clone() for name, parameter in model.trainable.items()}
     model.model.zero_grad(set_to_none=True)
     total = torch.zeros(())
@@ -346,7 +348,7 @@ def test_gradients_are_scaled_down_to_max_grad_norm(tuned: Make, rows: Rows, tmp
     spec = TrainSpec(max_steps=1, optim="sgd", lr_scheduler_type="constant", learning_rate=1.0, max_grad_norm=limit)
     examples = rows((9, 12))
     probe = trainer_for(model, examples, tmp_path)
-    probe.training_step(model.model, [{"index": 0}, {"index": 1}] * 4)
+    probe.training_step(model.model, (0, 1) * 4)
     norm = math.sqrt(sum(float(p.grad.double().pow(2).sum()) for p in model.trainable.values()))
     model.model.zero_grad(set_to_none=True)
     assert norm > 1e-2
@@ -447,7 +449,17 @@ def test_what_is_reported(tuned: Make, rows: Rows, tmp_path: Path) -> None:
     assert [event.total for event in said if isinstance(event, Phase)] == [3]
     assert [event.done for event in said if isinstance(event, Progress)] == [1, 2, 3]
     assert sorted(logged) == [1, 2, 3]
-    assert set(logged[1]) == {"loss", "tokens", "answer_tokens", "tokens_per_s", "learning_rate", "peak_gb"}
+    figures = {
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "tokens",
+        "answer_tokens",
+        "tokens_per_s",
+        "micro_batches",
+        "peak_gb",
+    }
+    assert set(logged[1]) == figures
     assert trained.tokens == sum(figures["tokens"] for figures in logged.values())
     assert (trained.first_loss, trained.last_loss) == (logged[1]["loss"], logged[3]["loss"])
     assert trained.peak_bytes > 0

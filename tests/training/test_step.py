@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
 
 from peftkit.data.chat import IGNORED, Example
 from peftkit.errors import TrainingError
-from peftkit.training.step import RngState, Step
+from peftkit.training import random_state
+from peftkit.training.step import Step
 
 CPU = torch.device("cpu")
 RAGGED = (3, 60, 11, 7, 33, 5, 90, 21)
@@ -145,11 +148,16 @@ def test_repeating_a_step_draws_the_same_dropout(
     assert torch.equal(torch.get_rng_state(), after)
 
 
-def test_rng_state_is_restored_exactly() -> None:
-    state = RngState.capture(CPU)
-    first = torch.rand(5)
-    state.restore(CPU)
-    assert torch.equal(torch.rand(5), first)
+def test_every_random_state_is_restored_exactly() -> None:
+    def draw() -> list[float]:
+        return [random.random(), float(numpy.random.random()), float(torch.rand(()))]
+
+    draw()
+    state = random_state.capture(CPU)
+    first = draw()
+    assert draw() != first
+    random_state.restore(state, CPU)
+    assert draw() == first
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

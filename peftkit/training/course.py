@@ -1,0 +1,164 @@
+"""What happens between the steps of a run: go on from a checkpoint, measure, write checkpoints, stop early."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from peftkit.data.chat import Example
+from peftkit.events import Note, Warned
+from peftkit.generation.forward import autocast, row_nll
+from peftkit.training import random_state
+from peftkit.training.checkpoint import Checkpoint, Checkpoints
+from peftkit.training.journal import Journal
+from peftkit.training.memory import checkpoint_activations, is_out_of_memory, release
+from peftkit.training.stop import StopRequest
+from peftkit.training.trainer import StepTrainer
+
+_PER_RUN = 10
+"""Checkpoints in a run that does not say how often."""
+_MEASURED_AT_ONCE = 8
+
+
+class Course(TrainerCallback):  # type: ignore[misc]
+    """The course of one run, as a callback of its trainer."""
+
+    def __init__(
+        self,
+        trainer: StepTrainer,
+        *,
+        held_out: Sequence[Example],
+        checkpoints: Checkpoints | None,
+        bound_to: Mapping[str, Any],
+        stop: StopRequest,
+    ) -> None:
+        self.trainer = trainer
+        self.held_out = held_out
+        self.checkpoints = checkpoints
+        self.bound_to = bound_to
+        self.stop = stop
+        self.ended_early = False
+        self._start: Checkpoint | None = None
+        self._random: dict[str, Any] | None = None
+        total = len(trainer.plan)
+        self._save_every = trainer.spec.save_steps or max(1, -(-total // _PER_RUN))
+
+    @property
+    def journal(self) -> Journal:
+        """What was done so far."""
+        return self.trainer.journal
+
+    def go_on_from(self, start: Checkpoint) -> None:
+        """Take adapter and figures from a checkpoint; optimizer and schedule follow when the trainer has made them."""
+        self.trainer.journal = Journal(**start.state["journal"])
+        self._set_adapter(start.state["adapter"])
+        if self.journal.gradient_checkpointing and not self.trainer.spec.gradient_checkpointing:
+            checkpoint_activations(self.trainer.tuned)
+        self._start = start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set optimizer, schedule and position to those of the checkpoint."""
+        state.global_step = self.journal.step
+        if self._start is None:
+            return
+        self.trainer.optimizer.load_state_dict(self._start.state["optimizer"])
+        self.trainer.lr_scheduler.load_state_dict(self._start.state["scheduler"])
+        self._random = self._start.state["random"]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw from where the checkpoint drew; the loader's own draw at its start came after `on_train_begin`."""
+        if self._random is not None:
+            random_state.restore(self._random, self.trainer.tuned.backbone.device)
+            self._random = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer has used the step's gradients: count it, measure, keep, and stop where that is due."""
+        assert self.trainer.result is not None  # a step was done
+        self.journal.add(self.trainer.result, time.perf_counter() - self.trainer.step_began)
+        spec, step, total = self.trainer.spec, self.journal.step, len(self.trainer.plan)
+        better = bool(spec.eval_steps and step % spec.eval_steps == 0 and self._measure())
+        patience = spec.early_stopping_patience
+        if patience and self.journal.worse >= patience and step < total:
+            self.ended_early = True
+        ends = self.stop.asked or self.ended_early or step == total
+        if ends or better or step % self._save_every == 0:
+            self._keep()
+        if ends:
+            control.should_training_stop = True
+
+    def take_best(self) -> None:
+        """Go back to the adapter that was measured best, if that is not the last one."""
+        best, journal = self.journal.best_step, self.journal
+        if self.checkpoints is None or best is None or best == journal.step:
+            return
+        self._set_adapter(self.checkpoints.load(best).state["adapter"])
+        self.trainer.report(
+            Note(f"the adapter is that of step {best}, where the held-out NLL was {journal.best_nll:.4f}")
+        )
+
+    def _measure(self) -> bool:
+        """Measure the held-out rows; whether the adapter is the best so far."""
+        trainer, backbone = self.trainer, self.trainer.tuned.backbone
+        nll = self._held_out_nll()
+        trainer.log_step(self.journal.step, {"held_out_nll": nll})
+        better = self.journal.measured(nll)
+        against = (
+            "the best so far" if better else f"best {self.journal.best_nll:.4f} after step {self.journal.best_step}"
+        )
+        trainer.report(Note(f"step {self.journal.step}: held-out NLL {nll:.4f}, {against}"))
+        release(backbone.device)
+        return better
+
+    def _held_out_nll(self) -> float:
+        """Mean NLL in nats of the held-out answer tokens; fewer rows at once where the memory asks for it."""
+        trainer, backbone, size = self.trainer, self.trainer.tuned.backbone, _MEASURED_AT_ONCE
+        trainer.tuned.model.eval()
+        while True:
+            try:
+                with autocast(backbone.device, backbone.placement.compute_dtype):
+                    sums = row_nll(
+                        trainer.tuned.model,
+                        self.held_out,
+                        pad_id=backbone.tokenizer.pad_id,
+                        device=backbone.device,
+                        batch_size=size,
+                    )
+                return sum(sums) / sum(row.answer_tokens for row in self.held_out)
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+            release(backbone.device)
+            size //= 2
+
+    def _keep(self) -> None:
+        """Write a checkpoint; a full disk costs this checkpoint, never the run."""
+        if self.checkpoints is None:
+            return
+        try:
+            self.checkpoints.write(self.journal.step, self._state())
+            self.checkpoints.retain(self.trainer.spec.save_total_limit, self.journal.best_step)
+        except OSError as error:
+            kept = self.checkpoints.steps()
+            text = f"no checkpoint of step {self.journal.step} could be written: {error.strerror or error}; "
+            text += f"the last one is of step {kept[-1]}" if kept else "there is none"
+            self.trainer.report(Warned(text, f"free some space on the disk of {self.checkpoints.folder}"))
+
+    def _state(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "bound_to": self.bound_to,
+            "journal": self.journal.as_state(),
+            "adapter": {name: parameter.detach() for name, parameter in trainer.tuned.trainable.items()},
+            "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "random": random_state.capture(trainer.tuned.backbone.device),
+        }
+
+    def _set_adapter(self, values: Mapping[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trainer.tuned.trainable.items():
+                parameter.copy_(values[name])

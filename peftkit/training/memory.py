@@ -1,0 +1,96 @@
+"""Out of memory in mid-run: the same step again in smaller pieces, instead of the end of the run."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+
+from peftkit.errors import OutOfMemory
+from peftkit.events import Report, Warned
+from peftkit.training.journal import Journal
+from peftkit.training.step import Step, StepResult
+from peftkit.tuning.inject import Tuned
+
+
+def within_memory(step: Step, journal: Journal, tuned: Tuned, report: Report) -> StepResult:
+    """Run a step; when the device runs out of memory, run it again from its random state in smaller micro-batches.
+
+    What was found to fit holds for the rest of the run: the journal keeps it. The effective batch stays as it is, so
+    the loss changes by rounding alone; with dropout, the draw is another one. Raises OutOfMemory when one row at a
+    time with checkpointing is still too much.
+    """
+    attempt = step.run
+    while True:
+        try:
+            return attempt(journal.micro_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Only here are the failed attempt's activations free: the traceback in `error` held their frames.
+        release(tuned.backbone.device)
+        _concede(step, journal, tuned, report)
+        attempt = step.repeat
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that an allocation failed, on a GPU or on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(should_reduce_batch_size(error))
+
+
+def release(device: torch.device) -> None:
+    """Give back what nobody refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def checkpoint_activations(tuned: Tuned) -> None:
+    """Switch gradient checkpointing on, as Trainer does."""
+    base = tuned.model.get_base_model()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.enable_input_require_grads()
+
+
+def _concede(step: Step, journal: Journal, tuned: Tuned, report: Report) -> None:
+    tried = min(journal.micro_batch, len(step.rows))
+    longest = max(len(row.input_ids) for row in step.rows)
+    rows = f"{tried} rows at once, the longest of" if tried > 1 else "one row of"
+    fact = f"out of memory in step {journal.step + 1} with {rows} {longest:,} tokens"
+    if tried > 1:
+        journal.micro_batch = (tried + 1) // 2
+        change = f"with {journal.micro_batch} at once, and so from here on"
+    elif not journal.gradient_checkpointing:
+        journal.gradient_checkpointing = True
+        checkpoint_activations(tuned)
+        change = "with gradient checkpointing, and so from here on"
+    else:
+        raise OutOfMemory(
+            f"out of memory in step {journal.step + 1} with a single row of {longest:,} tokens, and with checkpointing",
+            expected="room for the longest row",
+            hint="lower data.max_length, or hold the base in fewer bits (quant.bits=4)",
+        )
+    kept = f"the effective batch stays {len(step.rows)} rows"
+    report(Warned(f"{fact}: the step is repeated {change}; {kept}{_draw(tuned)}"))
+
+
+def _draw(tuned: Tuned) -> str:
+    drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in tuned.model.modules())
+    return ". Its dropout draw is not the one of an undisturbed run" if drops else ""
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory used so far: of the CUDA device, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def reset_peak(device: torch.device) -> None:
+    """Count the device's peak from here; a process has only one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,209 @@
+"""TRL's SFTTrainer with our step, held to what the configuration says.
+
+TRL 1.16 casts adapters of quantized bases to bfloat16, keeps a patched `forward` on the base, sends telemetry, cuts
+rows at 1024 tokens and hides NaN losses unless told otherwise. Each line below that undoes one of these has a test
+that fails when upstream changes.
+"""
+
+from __future__ import annotations
+
+import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes with its Hub kernels
+
+# isort: split
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from peftkit.backbone.decide import optimizer
+from peftkit.backbone.quiet import quiet
+from peftkit.data.chat import Example
+from peftkit.data.rows import to_dataset
+from peftkit.errors import TrainingError
+from peftkit.events import Decision, Progress, Report
+from peftkit.generation.forward import autocast
+from peftkit.training.journal import Journal
+from peftkit.training.memory import peak_bytes, within_memory
+from peftkit.training.schedule import Schedule
+from peftkit.training.spec import TrainSpec
+from peftkit.training.step import Step, StepResult
+from peftkit.tuning.inject import Tuned
+
+Log = Callable[[int, dict[str, float]], None]
+
+
+class StepTrainer(SFTTrainer):  # type: ignore[misc]
+    """One `training_step` is one optimizer step over all its rows; `journal` tells what was done so far."""
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        examples: Sequence[Example],
+        plan: Schedule,
+        spec: TrainSpec,
+        folder: Path,
+        report: Report,
+        log: Log,
+    ) -> None:
+        backbone = tuned.backbone
+        optim = optimizer(backbone.device, backbone.quant.bits in (4, 8)) if spec.optim == "auto" else None
+        decision = optim or Decision("optimizer", spec.optim, "asked for")
+        report(decision)
+        self.examples, self.plan, self.spec, self.tuned = examples, plan, spec, tuned
+        self.report, self.log_step = report, log
+        self.journal = Journal(spec.per_device_train_batch_size, spec.gradient_checkpointing)
+        self.result: StepResult | None = None
+        """What the step in progress did; the journal has it once the optimizer has used it."""
+        base = tuned.model.get_base_model()
+        own_forward = base.__dict__.get("forward")
+        # Values, not dtypes: a float32 that went through bfloat16 and back has lost 16 bits.
+        values = {name: parameter.detach().clone() for name, parameter in tuned.trainable.items()}
+        try:
+            with quiet():
+                super().__init__(
+                    model=tuned.model,
+                    args=sft_arguments(tuned, plan, spec, folder, decision.choice),
+                    train_dataset=to_dataset(examples),
+                    processing_class=backbone.tokenizer.hf,
+                    data_collator=list,
+                )
+        except (ImportError, RuntimeError, ValueError) as error:  # a tracker that is not installed, most often
+            reason = str(error).strip().splitlines()[0]
+            hint = "look at train.report_to" if spec.report_to else None
+            raise TrainingError(f"the trainer cannot start: {reason}", hint=hint) from error
+        finally:
+            _restore(tuned, values, base, own_forward)
+        self.remove_callback(PrinterCallback)
+        self.step_began = time.perf_counter()
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves this machine; TRL would send model, device and data source to the Hub."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: the registry's manifest says what the adapter is."""
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rows of the steps that are left, one step an item, in the order of the schedule."""
+        return DataLoader(_Steps(self.plan.steps[self.journal.step :]), batch_size=None, shuffle=False)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run one whole optimizer step's forward and backward passes; the loss is a 0-dim float32 tensor."""
+        self.step_began = time.perf_counter()
+        model.train()
+        backbone = self.tuned.backbone
+        step = Step(
+            model,
+            [self.examples[index] for index in inputs],
+            pad_id=backbone.tokenizer.pad_id,
+            device=backbone.device,
+            backward=self.accelerator.backward,
+            forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
+        )
+        with self.maybe_activation_offload_context:
+            self.result = within_memory(step, self.journal, self.tuned, self.report)
+        return torch.tensor(self.result.loss, device=backbone.device)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Upstream calls this once between the gradients' clipping and the optimizer's step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        value = float(norm)
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the gradient of step {self.journal.step + 1} has the norm {value}; the adapter is that of the step "
+                "before",
+                expected="a finite number",
+                hint="lower train.learning_rate",
+            )
+        self._tell(value)
+        return norm
+
+    def _tell(self, grad_norm: float) -> None:
+        assert self.result is not None  # training_step came before
+        seconds = time.perf_counter() - self.step_began
+        done = self.journal.step + 1
+        figures = {
+            "loss": self.result.loss,
+            "grad_norm": grad_norm,
+            "learning_rate": float(self._get_learning_rate()),
+            "tokens": float(self.result.tokens),
+            "answer_tokens": float(self.result.answer_tokens),
+            "tokens_per_s": self.result.tokens / max(seconds, 1e-9),
+            "micro_batches": float(self.result.micro_batches),
+            "peak_gb": peak_bytes(self.tuned.backbone.device) / 1e9,
+        }
+        self.log_step(done, figures)
+        self.report(Progress(done, figures))
+
+
+class _Steps(torch.utils.data.Dataset[tuple[int, ...]]):  # type: ignore[misc]
+    """The rows of every step, as the loader asks for them."""
+
+    def __init__(self, steps: Sequence[tuple[int, ...]]) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        return self.steps[index]
+
+
+def warmup_steps(spec: TrainSpec, steps: int) -> int:
+    """Steps of warm-up; the first of them has a rate of 0, so one alone would only waste a step."""
+    wanted = int(spec.warmup_ratio * steps)
+    return wanted if wanted > 1 else 0
+
+
+def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, optim: str) -> SFTConfig:
+    """TRL's settings, with everything explicit that TRL or transformers would otherwise choose."""
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        max_steps=len(plan),
+        per_device_train_batch_size=spec.rows_per_step,  # the loader yields a step; training/step splits it
+        gradient_accumulation_steps=1,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.lr_scheduler_type,
+        warmup_steps=warmup_steps(spec, len(plan)),
+        optim=optim,
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        seed=spec.seed,
+        max_length=None,  # rows are cut or refused in data/, never here
+        packing=False,
+        bf16=False,  # mixed precision is ours: generation.forward.autocast, the same in evaluation
+        fp16=False,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
+        activation_offloading=spec.activation_offloading,
+        logging_nan_inf_filter=False,
+        logging_steps=1,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to=spec.report_to or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        use_cpu=tuned.backbone.device.type == "cpu",
+        dataloader_pin_memory=False,
+        push_to_hub=False,
+    )
+    # The backbone is on one device; with several visible, Trainer would wrap it in DataParallel, which TRL refuses.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _restore(tuned: Tuned, values: dict[str, torch.Tensor], base: Any, own_forward: Any) -> None:
+    """Undo what SFTTrainer's constructor did to the model: trainable tensors, and the base's forward."""
+    for name, parameter in tuned.trainable.items():
+        parameter.data = values[name]
+    if own_forward is None:
+        base.__dict__.pop("forward", None)
+    else:
+        base.forward = own_forward
