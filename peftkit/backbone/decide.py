@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import is_flash_attn_2_available
 
-from peftkit.backbone.spec import QuantSpec
+from peftkit.backbone.spec import QuantSpec, compute_dtype
 from peftkit.errors import BackboneError
 from peftkit.events import Decision
 
@@ -80,15 +80,9 @@ def _compute_dtype(spec: QuantSpec, device: torch.device) -> tuple[torch.dtype, 
                 hint="set quant.bits=16, or remove quant.compute_dtype",
             )
         return chosen, "asked for"
-    if spec.bits == 32:
-        return torch.float32, "32 bits asked for"
-    if device.type == "cpu":
-        return torch.float32, "CPU: exact, and as fast as bfloat16 here (docs/decisions/0003-compute-dtype-on-cpu.md)"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major >= 8:
-        return torch.bfloat16, f"SM {major}.{minor} has bfloat16"
-    # QLoRA's README: with float16 compute only about 80 % of 7B runs finish.
-    return torch.float32, f"SM {major}.{minor} has no bfloat16, and float16 overflows in training"
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    name, reason = compute_dtype(spec.bits, capability)
+    return getattr(torch, name), reason
 
 
 def _plain_dtype(spec: QuantSpec, compute: torch.dtype) -> tuple[torch.dtype, str]:

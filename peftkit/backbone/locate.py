@@ -19,14 +19,14 @@ from peftkit.events import Note, Report, silent
 CONVERSION = 1
 
 
-def locate(spec: BaseSpec, cache: Path, report: Report = silent) -> LocatedBase:
-    """Find a base's files, downloading or converting them when needed.
+def locate(spec: BaseSpec, cache: Path, report: Report = silent, *, weights: bool = True) -> LocatedBase:
+    """Find a base's files, downloading or converting them when needed; without `weights`, its config and tokenizer.
 
     Raises BaseError when the base does not exist or cannot be had.
     """
     reference = ref.parse(spec)
     if reference.kind == "hub":
-        return ref.located(reference, ref.snapshot(reference))
+        return ref.located(reference, ref.snapshot(reference, weights))
     if reference.kind == "folder":
         return ref.located(reference, Path(reference.source).expanduser().resolve())
     if reference.kind == "embedded":

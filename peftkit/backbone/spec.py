@@ -9,6 +9,19 @@ from peftkit.config import Spec
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
+def compute_dtype(bits: int, capability: tuple[int, int] | None) -> tuple[Dtype, str]:
+    """The dtype of matrix products for a CUDA capability, or None for a CPU, and the reason."""
+    if bits == 32:
+        return "float32", "32 bits asked for"
+    if capability is None:
+        return "float32", "CPU: exact, and as fast as bfloat16 here (docs/decisions/0003-compute-dtype-on-cpu.md)"
+    model = f"SM {capability[0]}.{capability[1]}"
+    if capability >= (8, 0):
+        return "bfloat16", f"{model} has bfloat16"
+    # QLoRA's README: with float16 compute only about 80 % of 7B runs finish.
+    return "float32", f"{model} has no bfloat16, and float16 overflows in training"
+
+
 class QuantSpec(Spec):
     """Bits per weight of the linear layers, and the dtypes around them."""
 

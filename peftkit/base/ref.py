@@ -20,7 +20,8 @@ _EXPECTED = "a folder, a .gguf file, a Hub id (owner/name) or embedded:smollm2-1
 
 # What `locate` downloads from the Hub: weights as safetensors, and the small text files (README.md states the licence).
 # Pickles stay there.
-HUB_FILES = ["*.json", "README.md", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+_TEXTS = ["*.json", "README.md", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+HUB_FILES = [*_TEXTS, "*.safetensors"]
 
 
 class BaseSpec(Spec):
@@ -99,8 +100,10 @@ def _recognise(source: str) -> Kind:
     return "hub"
 
 
-def snapshot(ref: BaseRef) -> Path:
+def snapshot(ref: BaseRef, weights: bool = True) -> Path:
     """The local folder of a Hub base: from the Hub's cache when it is whole, downloaded otherwise.
+
+    Without `weights` it holds at least config and tokenizer: what a plan reads.
 
     Raises BaseError when the Hub cannot be reached or does not know the id.
     """
@@ -110,7 +113,10 @@ def snapshot(ref: BaseRef) -> Path:
         # Some uploads repeat the weights in other formats: consolidated.safetensors, original/, metal/.
         return Path(
             snapshot_download(
-                ref.source, revision=ref.revision, allow_patterns=HUB_FILES, ignore_patterns=["consolidated*", "*/*"]
+                ref.source,
+                revision=ref.revision,
+                allow_patterns=HUB_FILES if weights else _TEXTS,
+                ignore_patterns=["consolidated*", "*/*"],
             )
         )
     except Exception as error:  # the Hub client raises a dozen unrelated types for "cannot be had"
