@@ -1,0 +1,83 @@
+"""What a setting may give up to fit into memory: the values of each field, and the words for a change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peftkit.planning.setting import Setting
+from peftkit.render import size
+
+FIELDS = ("micro_batch", "gradient_checkpointing", "optim", "activation_offloading", "bits", "evaluation_batch")
+"""Fields that may change without consent; none of them changes the effective batch or the rows."""
+
+_BITS: dict[int, tuple[Any, ...]] = {32: (32, 8, 4), 16: (16, 8, 4), 8: (8, 4), 4: (4,)}
+_OPTIM: dict[str, tuple[Any, ...]] = {
+    "adamw_torch": ("adamw_torch", "adamw_8bit", "paged_adamw_8bit"),
+    "adamw_torch_fused": ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"),
+    "adamw_8bit": ("adamw_8bit", "paged_adamw_8bit"),
+}
+
+
+_REASONS = {
+    "micro_batch": "micro-batch {was} → {now}: {gain}, {rate}, keeps the effective batch {rows}",
+    "gradient_checkpointing": "checkpointing {state}: {gain}, {rate}, the same gradients",
+    "optim": "optimizer {was} → {now}: {gain}, {rate}, its states are rounded to 8 bits",
+    "activation_offloading": "offloading of activations to host memory {state}: {gain}, {rate}, the same gradients",
+    "bits": "weights of {was} → {now} bits: {gain}, {rate}, the base is rounded",
+    "evaluation_batch": "evaluation batch {was} → {now}: {gain} in evaluation, its {rate}, the same figures",
+    "longest": "rows of at most {was:,} → {now:,} tokens: {gain}, {rate}, longer rows are cut",
+}
+
+
+@dataclass(frozen=True)
+class Concession:
+    """One field that was changed to fit, or to use memory that was free."""
+
+    field: str
+    before: Any
+    after: Any
+    bytes_saved: int
+    """High estimate of the stage it is about, before less after; negative where free memory is used."""
+    time_factor: float
+    """Time of a step (of an evaluation, for evaluation_batch) after over before."""
+    reason: str
+
+
+def choices(setting: Setting, name: str, fixed: frozenset[str]) -> tuple[Any, ...]:
+    """Values of a field that may be tried for a setting, the most welcome first.
+
+    Micro-batches divide the effective batch. Full fine-tuning has no packed weights; 8-bit and paged states and
+    offloading need CUDA.
+    """
+    asked = getattr(setting, name)
+    on_card = setting.device == "cuda"
+    if name in fixed:
+        return (asked,)
+    if name == "micro_batch":
+        rows = setting.rows_per_step
+        return tuple(count for count in range(rows, 0, -1) if rows % count == 0)
+    if name == "gradient_checkpointing":
+        return (False, True)
+    if name == "activation_offloading":
+        return (False, True) if on_card else (asked,)
+    if name == "optim":
+        return _OPTIM.get(asked, (asked,)) if on_card else (asked,)
+    if name == "bits":
+        return _BITS[asked] if setting.method != "full" else (asked,)
+    return tuple(_halved(asked))
+
+
+def reason(name: str, after: Setting, was: Any, now: Any, saved: int, factor: float) -> str:
+    """Why a field changed, with what it brings; `saved` in bytes, `factor` of time."""
+    gain = f"{size(saved)} less" if saved >= 0 else f"{size(-saved)} more"
+    rows, state = after.rows_per_step, "on" if now else "off"
+    return _REASONS[name].format(was=was, now=now, state=state, gain=gain, rate=f"time × {factor:.2f}", rows=rows)
+
+
+def _halved(count: int) -> Iterator[int]:
+    while count > 1:
+        yield count
+        count //= 2
+    yield 1

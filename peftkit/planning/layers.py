@@ -1,0 +1,197 @@
+"""The operations of a decoder's layers, written on a tape as transformers 5.23 and PEFT 0.21 run them.
+
+What an operation saves is read off torch's derivatives.yaml: a product saves each factor whose partner needs a
+gradient, a sum saves nothing, a linear layer saves its input only for a trained weight and its weight only for the
+input's gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peftkit.planning.architecture import Architecture, Linear
+from peftkit.planning.setting import Setting
+from peftkit.planning.tape import Tape, Tensor
+
+FLOAT32 = 4
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number."""
+
+
+@dataclass
+class Layers:
+    """Layers of one model on a tape, for `rows` of `length` tokens."""
+
+    tape: Tape
+    architecture: Architecture
+    setting: Setting
+    rows: int
+    length: int
+
+    def __post_init__(self) -> None:
+        setting = self.setting
+        self.tokens = self.rows * self.length
+        self.compute = SIZES[setting.compute_dtype]
+        self.autocast = self.compute < FLOAT32
+        self.plain = SIZES[setting.dtype]
+        self.full = setting.method == "full"
+        self.on_cuda = setting.device == "cuda"
+        self.bits = setting.bits if self.architecture.family.quantizable else 16
+        targets = () if self.full else self.architecture.targets(setting.target_modules)
+        self.adapted = {linear.name for linear in targets}
+
+    @property
+    def eager(self) -> bool:
+        """Whether every score of attention is written out."""
+        return self.setting.attention == "eager" or self.architecture.softcapped
+
+    def mask_size(self, masked: bool) -> int:
+        """Bytes per entry of the mask that all layers share: numbers for eager attention, or booleans."""
+        return FLOAT32 if self.eager else int(masked)
+
+    def linear(self, x: Tensor, linear: Linear) -> Tensor:
+        """A linear layer as it is held (plain, quantized or trained), with its adapter."""
+        if self.full:
+            return self._trained_linear(x, linear)
+        base = self._frozen(x, linear)
+        return self._adapt(x, base, linear) if linear.name in self.adapted else base
+
+    def _weight(self, numbers: int, size: int) -> Tensor:
+        """A trained weight as a product reads it: under autocast a 16-bit copy of a float32 one."""
+        weight = self.tape.weight(numbers, size)
+        return self.tape.cast(weight, self.compute) if self.autocast and size == FLOAT32 else weight
+
+    def _trained_linear(self, x: Tensor, linear: Linear) -> Tensor:
+        read = self.tape.cast(x, self.compute) if self.autocast else x
+        weight = self._weight(linear.out * linear.into, self.plain)
+        inputs = [read, weight] + ([self._weight(linear.out, self.plain)] if linear.bias else [])
+        saves = [read, weight] if read.needs_grad else [read]
+        return self.tape.op(inputs, self.tokens * linear.out, read.size, saves=saves)
+
+    def _frozen(self, x: Tensor, linear: Linear) -> Tensor:
+        read = self.tape.cast(x, self.compute) if self.autocast or self.bits == 4 else x
+        scratch = linear.out * linear.into * read.size if self.bits in (4, 8) else 0
+        holds = [read] if self.bits == 8 else []  # MatMul8bitFp keeps its input on ctx
+        base = self.tape.op([read], self.tokens * linear.out, read.size, holds=holds, temporary=scratch)
+        if self.bits != 4:
+            return base
+        base = self.tape.cast(base, x.size)  # Linear4bit returns the dtype it was given
+        return self.tape.copy(base) if linear.name in self.adapted else base  # PEFT clones what 4-bit layers return
+
+    def _adapt(self, x: Tensor, base: Tensor, linear: Linear) -> Tensor:
+        tape = self.tape
+        # Adapters of quantized layers cast to float32 unless CUDA's autocast is on; those of plain layers always do.
+        converts = self.bits not in (4, 8) or not (self.autocast and self.on_cuda)
+        read = tape.cast(x, FLOAT32) if converts else x
+        if self.setting.lora_dropout > 0:
+            read = self.dropout(read)
+        read = tape.cast(read, self.compute) if self.autocast else read
+        low = self._product(read, linear.into, self.setting.r)
+        update = self._product(low, self.setting.r, linear.out)
+        if self.setting.method == "dora":
+            magnitude = tape.weight(linear.out, FLOAT32)  # scales the base's result and the adapter's
+            update = tape.like(update, magnitude, saves=[base, update])
+        else:
+            update = tape.like(update)
+        if converts and self.bits in (4, 8):
+            update = tape.cast(update, base.size)
+        return tape.cast(tape.add(base, update), base.size)
+
+    def _product(self, x: Tensor, into: int, out: int) -> Tensor:
+        weight = self._weight(into * out, FLOAT32)
+        saves = [x, weight] if x.needs_grad else [x]
+        return self.tape.op([x, weight], self.tokens * out, x.size, saves=saves)
+
+    def dropout(self, x: Tensor) -> Tensor:
+        """A mask is saved: bytes on CUDA, numbers of x's dtype on a CPU."""
+        return self.tape.like(x, saves=[self.tape.fresh(x.numbers, 1 if self.on_cuda else x.size)])
+
+    def norm(self, x: Tensor, width: int) -> Tensor:
+        """A norm over `width` numbers: RMSNorm in float32, or torch's LayerNorm."""
+        return self._rms(x, width) if self.architecture.family.norm == "rms" else self._layer_norm(x, width)
+
+    def _rms(self, x: Tensor, width: int) -> Tensor:
+        tape = self.tape
+        precise = tape.cast(x, FLOAT32)
+        square = tape.like(precise, saves=[precise])
+        mean = tape.op([square], x.numbers // width, FLOAT32)
+        scale = tape.like(mean, saves_output=True)
+        normed = tape.cast(tape.like(precise, scale, saves=[precise, scale]), x.size)
+        if not self.full:
+            return tape.op([normed], normed.numbers, max(normed.size, self.plain))
+        weight = tape.weight(width, self.plain)
+        return tape.op([normed, weight], normed.numbers, max(normed.size, self.plain), saves=[normed])
+
+    def _layer_norm(self, x: Tensor, width: int) -> Tensor:
+        # CUDA's autocast runs layer_norm in float32, a CPU's in the dtype it gets.
+        read = self.tape.cast(x, FLOAT32) if self.autocast and self.on_cuda else x
+        statistics = self.tape.fresh(2 * x.numbers // width, FLOAT32)
+        vectors = self.architecture.family.norm_weights if self.full else 0
+        weights = [self.tape.weight(vectors * width, self.plain)] if vectors else []
+        return self.tape.like(read, *weights, saves=[read, statistics])
+
+    def activation(self, x: Tensor) -> Tensor:
+        """Fused activations save their input, relu its result; gelu_new is written out in Python and saves four."""
+        if self.architecture.activation == "relu":
+            return self.tape.like(x, saves_output=True)
+        return self._gelu_new(x) if self.architecture.activation == "gelu_new" else self.tape.like(x, saves=[x])
+
+    def _gelu_new(self, x: Tensor) -> Tensor:
+        """0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3))); CUDA's autocast raises to powers in float32."""
+        tape = self.tape
+        half = tape.like(x)
+        read = tape.cast(x, FLOAT32) if self.autocast and self.on_cuda else x
+        cube = tape.like(tape.like(read, saves=[read]))
+        tanh = tape.like(tape.like(tape.add(x, cube)), saves_output=True)
+        one = tape.copy(tanh)
+        return tape.op([half, one], x.numbers, one.size, saves=[half, one])
+
+    def rotary(self, x: Tensor) -> Tensor:
+        """x * cos + rotate_half(x) * sin; the tables are shared by all layers and counted once."""
+        tape, size = self.tape, max(x.size, self.plain)
+        left = tape.op([x], x.numbers, size)
+        second = tape.like(tape.view(x, x.numbers // 2))
+        turned = tape.op([second, tape.view(x, x.numbers // 2)], x.numbers, x.size, passes_on=True)
+        return tape.add(left, tape.op([turned], x.numbers, size))
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, masked: bool) -> Tensor:
+        """Scaled dot products; fused kernels save queries, keys, values, their result and one logarithm per row."""
+        tape, heads = self.tape, self.architecture.heads
+        if self.autocast:
+            query, key, value = (tape.cast(x, self.compute) for x in (query, key, value))
+        if self.architecture.broadcasts and not self.eager:
+            return self._written_out(query)
+        if masked or self.eager:  # only kernels without a mask read one key head for several query heads
+            key, value = (
+                x if x.numbers == query.numbers else tape.op([x], query.numbers, x.size) for x in (key, value)
+            )
+        if self.eager:
+            return self._eager(query, key, value)
+        saves = [query, key, value, tape.fresh(self.tokens * heads, FLOAT32)]
+        if masked:  # every layer makes a mask of numbers from the one of booleans
+            saves.append(tape.fresh(self.rows * self.length * self.length, query.size))
+        # FlashAttention's backward sums the gradient of the queries in float32.
+        scratch = query.numbers * FLOAT32 if self.on_cuda else 0
+        inputs = [query, key, value]
+        return tape.op(inputs, query.numbers, query.size, saves=saves, saves_output=True, temporary=scratch)
+
+    def _per_query_head(self, x: Tensor, query: Tensor) -> Tensor:
+        return x if x.numbers == query.numbers else self.tape.op([x], query.numbers, x.size)
+
+    def _written_out(self, query: Tensor) -> Tensor:
+        """Torch's own products and softmax, where no fused kernel fits: scaled copies and the shares are saved."""
+        tape = self.tape
+        count = self.rows * self.architecture.heads * self.length * self.length
+        query, key, value = (tape.like(query) for _ in range(3))
+        shares = tape.like(tape.op([query, key], count, query.size, saves=[query, key]), saves_output=True)
+        return tape.op([shares, value], query.numbers, query.size, saves=[shares, value])
+
+    def _eager(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        tape = self.tape
+        count = self.rows * self.architecture.heads * self.length * self.length
+        scores = tape.like(tape.op([query, key], count, query.size, saves=[query, key]))
+        if self.architecture.softcapped:
+            scores = tape.like(tape.like(tape.like(scores), saves_output=True))
+        soft = tape.op([tape.copy(scores)], count, FLOAT32, saves_output=True)
+        shares = tape.cast(soft, query.size)
+        return tape.op([shares, value], query.numbers, query.size, saves=[shares, value])

@@ -1,0 +1,191 @@
+"""Peak memory of a run, stage by stage, as arithmetic on a base's config and a setting."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peftkit.planning.activations import Activations, activations
+from peftkit.planning.architecture import Architecture
+from peftkit.planning.evaluation import evaluation_logits, generating, kv_cache, measuring
+from peftkit.planning.layers import FLOAT32, SIZES
+from peftkit.planning.ranges import NOTHING, Part, Range, Stage, StageName, exactly
+from peftkit.planning.setting import Setting
+from peftkit.planning.weights import (
+    adapter,
+    gradients,
+    largest_tensor,
+    optimizer,
+    trained_parameters,
+    update_scratch,
+    weights,
+)
+
+__all__ = ["MemoryPlan", "Part", "Range", "Stage", "StageName", "exactly", "plan_memory"]
+
+MIB = 1 << 20
+CONTEXT = Range(133 * MIB, 140 * MIB, 500 * MIB)
+"""CUDA's own: 133 to 147 MiB on a T4 (fitcheck), more where more kernels are loaded."""
+PROCESS = Range(350 * MIB, 550 * MIB, 900 * MIB)
+"""Python with torch, transformers, peft and trl on a CPU, before a base is loaded."""
+FRAGMENTATION = (0.0, 0.0, 0.2)
+"""Share of what comes and goes in a step that the allocator holds besides: up to 20 % (methods, section 2.10)."""
+CHECKPOINT = 2
+"""Bytes of a number in the file of a base; most uploads are 16-bit."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Every part of a run's memory, and the peak of each stage; parts are not all alive at once."""
+
+    parts: tuple[Part, ...]
+    stages: tuple[Stage, ...]
+
+    @property
+    def limit(self) -> Stage:
+        """The stage that needs the most memory (by its expected bytes)."""
+        return max(self.stages, key=lambda stage: stage.bytes.expected)
+
+    @property
+    def peak(self) -> Range:
+        """Bytes of the stage that needs the most memory."""
+        return self.limit.bytes
+
+    def part(self, name: str) -> Part:
+        """The part of that name. Raises KeyError."""
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise KeyError(name)
+
+    def stage(self, name: StageName) -> Stage:
+        """The stage of that name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def as_record(self) -> dict[str, Any]:
+        """The plan as plain JSON values."""
+        return {
+            "parts": [asdict(part) for part in self.parts],
+            "stages": [asdict(stage) for stage in self.stages],
+            "limit": self.limit.name,
+            "peak": asdict(self.peak),
+        }
+
+    def rows(self) -> list[list[Any]]:
+        """Name, low, expected, high (bytes) and formula of every part, then of every stage, for a text table."""
+        lines: list[list[Any]] = [
+            [part.name, part.bytes.low, part.bytes.expected, part.bytes.high, part.formula] for part in self.parts
+        ]
+        for stage in self.stages:
+            note = "the most" if stage is self.limit else ""
+            lines.append([f"peak: {stage.name}", stage.bytes.low, stage.bytes.expected, stage.bytes.high, note])
+        return lines
+
+
+def plan_memory(architecture: Architecture, setting: Setting, *, watched: bool = False) -> MemoryPlan:
+    """The memory of a run of this setting on this base; bytes of the device, on a CPU of the whole process.
+
+    `watched` counts as a torch dispatch mode sees a step: under one, autograd adds no gradient in place. Raises
+    BaseError when an ending of target_modules fits no layer.
+    """
+    held = list(weights(architecture, setting))
+    step = activations(architecture, setting, watched=watched)
+    padded = activations(architecture, setting, masked=setting.micro_batch > 1, watched=watched)
+    own = [adapter(architecture, setting), gradients(architecture, setting), optimizer(architecture, setting)]
+    around = Part("context", *_context(setting))
+    parts = [
+        *held,
+        *own,
+        *_activation_parts(step, padded, setting),
+        Part("allocator", _fragmentation(step, setting), "blocks that are too small to be used again"),
+        evaluation_logits(architecture, setting),
+        kv_cache(architecture, setting),
+        around,
+    ]
+    resting = _total(held) + own[0].bytes
+    stages = (
+        Stage("load", around.bytes + _loading(architecture, setting, _total(held))),
+        Stage("train", around.bytes + resting + _training(architecture, setting, step, padded, own)),
+        Stage("evaluate", around.bytes + resting + _evaluating(architecture, setting, own)),
+        Stage("save", around.bytes + resting + _saving(architecture, setting, own)),
+        Stage("merge", around.bytes + _merging(architecture)),
+    )
+    return MemoryPlan(tuple(parts), stages)
+
+
+def _total(parts: list[Part]) -> Range:
+    total = NOTHING
+    for part in parts:
+        total += part.bytes
+    return total
+
+
+def _context(setting: Setting) -> tuple[Range, str]:
+    if setting.device == "cuda":
+        return CONTEXT, "CUDA's context and kernels"
+    return PROCESS, "Python and its libraries"
+
+
+def _activation_parts(step: Activations, padded: Activations, setting: Setting) -> list[Part]:
+    rows = f"{setting.micro_batch} rows × {setting.longest:,} tokens"
+    scored = f"{setting.micro_batch} rows × {setting.labelled:,} labelled tokens"
+    kept = "every block's input" if setting.gradient_checkpointing else "what every block's backward pass needs"
+    on_device = NOTHING if setting.activation_offloading else Range(step.kept, step.kept, max(step.kept, padded.kept))
+    return [
+        Part("activations", on_device, f"{kept}, {rows}"),
+        Part("one block's backward pass", exactly(step.hump), "gradients" + _again(setting) + f", {rows}"),
+        Part("logits", exactly(step.logits), scored + " × vocabulary × 12 B"),
+    ]
+
+
+def _again(setting: Setting) -> str:
+    return " and the block computed again" if setting.gradient_checkpointing else ""
+
+
+def _fragmentation(step: Activations, setting: Setting) -> Range:
+    if setting.device != "cuda":
+        return NOTHING
+    low, expected, high = (int(share * step.peak) for share in FRAGMENTATION)
+    return Range(low, expected, high)
+
+
+def _training(
+    architecture: Architecture, setting: Setting, step: Activations, padded: Activations, own: list[Part]
+) -> Range:
+    """Forward and backward passes, or the update after them."""
+    _, grads, states = own
+    there = grads.bytes if setting.rows_per_step > setting.micro_batch else NOTHING
+    waiting = step.kept if setting.activation_offloading else 0
+    passes = Range(step.peak - waiting, step.peak - waiting, max(step.peak, padded.peak) - waiting)
+    update = grads.bytes + exactly(update_scratch(architecture, setting))
+    return (there + passes + _fragmentation(step, setting)).or_more(update) + states.bytes
+
+
+def _evaluating(architecture: Architecture, setting: Setting, own: list[Part]) -> Range:
+    """The NLL of held-out rows, or generated answers; in mid-run the optimizer's states are there too."""
+    need = measuring(architecture, setting).or_more(generating(architecture, setting))
+    return need + Range(0, 0, own[2].bytes.high)
+
+
+def _loading(architecture: Architecture, setting: Setting, held: Range) -> Range:
+    """Weights, and the tensor that is on its way; a CPU process has the whole file mapped as well."""
+    flight = largest_tensor(architecture) * CHECKPOINT
+    if setting.device == "cuda":
+        return held + Range(0, flight, 2 * flight)
+    return held + Range(flight, architecture.parameters * CHECKPOINT, architecture.parameters * CHECKPOINT)
+
+
+def _saving(architecture: Architecture, setting: Setting, own: list[Part]) -> Range:
+    """A copy of what was trained is made in host memory."""
+    size = SIZES[setting.dtype] if setting.method == "full" else FLOAT32
+    copy = trained_parameters(architecture, setting) * size
+    states = own[2].bytes
+    if setting.device == "cuda":
+        return states + Range(0, 0, copy)
+    return states + Range(0, copy, 2 * copy)
+
+
+def _merging(architecture: Architecture) -> Range:
+    """Tensor by tensor in float64: the weight, its delta and their sum, beside the tensor in the file's dtype."""
+    largest = max(linear.out * linear.into for linear in architecture.linears)
+    return exactly(largest * (3 * 8 + 2 * CHECKPOINT))

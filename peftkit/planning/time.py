@@ -1,0 +1,270 @@
+"""How long a step, an evaluation and a run take: floating-point operations over what a device reaches of its rate.
+
+Absolute times are a bracket, not a forecast: published runs of the same work on the same card differ by a factor of
+two with kernels, host and driver. Ratios between two settings on one machine came out within a factor of 1.5 for half
+of the published pairs, and of 2 for all (tests/planning/test_time.py). Padding is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from peftkit.planning.architecture import Architecture
+from peftkit.planning.devices import Device
+from peftkit.planning.setting import Setting
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds: at least `low`, probably `expected`, at most `high`."""
+
+    low: float
+    expected: float
+    high: float
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.low + other.low, self.expected + other.expected, self.high + other.high)
+
+    def times(self, count: float) -> Seconds:
+        """The same thing `count` times over."""
+        return Seconds(self.low * count, self.expected * count, self.high * count)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on."""
+
+    flops: float
+    """FLOP/s of matrix products in the compute dtype: the vendor's of a card, measured of a CPU."""
+    bandwidth: float
+    """Bytes/s of its memory."""
+    launches: bool = True
+    """Whether a host starts each operation on another device, which takes time of its own."""
+
+
+def gpu(device: Device, compute_dtype: str) -> Machine:
+    """A card, by its vendor's figures."""
+    return Machine(device.flops(compute_dtype), device.bandwidth)
+
+
+def cpu(flops: float, bandwidth: float) -> Machine:
+    """A CPU, by the FLOP/s of a matrix product and the bytes/s of a copy that the caller has measured."""
+    return Machine(flops, bandwidth, launches=False)
+
+
+class _Reached(NamedTuple):
+    """What a run reaches of a machine, in one of the three cases."""
+
+    compute: float
+    """Share of the rate of matrix products."""
+    dequantization: float
+    """Share of the bandwidth while quantized weights are unpacked."""
+    stream: float
+    """Share of the bandwidth in the optimizer's update and in decoding."""
+    launch: float
+    """Seconds in which a host starts one pass through one block."""
+    link: float
+    """Bytes/s between device and host memory."""
+
+
+# Fitted on one source, the table of Qwen(-1)'s README for a 7B base on an A100 80 GB (time per iteration at 256 to
+# 8192 tokens). LoRA: 47 % of the rate is the mean of 1024 to 8192 tokens (41, 45, 49 and 51 %); at 256 tokens 23 %, and
+# 1.56 ms a block and pass, which is the host. Q-LoRA minus LoRA: the median row unpacks with 13 % of the bandwidth, the
+# slowest with 11 %. Nothing beats the vendor's rate; a slow host needs twice the time. `stream` and `link` (PCIe 3.0
+# x16 expected, 4.0 x16 at best, x8 at worst) are in no table and are taken from what such copies usually reach.
+_LOW = _Reached(compute=1.0, dequantization=1.0, stream=1.0, launch=0.0, link=25e9)
+_EXPECTED = _Reached(compute=0.47, dequantization=0.134, stream=0.8, launch=1.56e-3, link=12e9)
+_HIGH = _Reached(compute=0.235, dequantization=0.111, stream=0.4, launch=3.12e-3, link=6e9)
+
+_DORA = 1191 / 942
+"""Time of DoRA over LoRA's, PEFT's method comparison (Llama-3.2-3B, L40S, r 32)."""
+
+# Times that an update reads or writes one number per trained parameter. PyTorch's plain AdamW runs eight passes (decay,
+# two moments, root, ...), its fused one a single pass; clipping the gradient reads it once and scales it once.
+_UPDATE = {"adamw_torch": 21 + 3, "adamw_torch_fused": 7 + 3, "sgd": 3 + 3, "adamw_8bit": 4 + 3, "paged_adamw_8bit": 7}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much a run does."""
+
+    steps: int
+    tokens_per_row: float
+    """Mean tokens of a training row."""
+    evaluations: int = 0
+    held_out_rows: int = 0
+    """Rows whose NLL is measured at each evaluation."""
+    held_out_tokens: float = 0.0
+    """Mean tokens of such a row."""
+    answers: int = 0
+    """Answers generated at each evaluation, each as long as the setting allows."""
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds of one optimizer step, of one evaluation, and of the whole run without loading and saving."""
+
+    step: Seconds
+    evaluation: Seconds
+    total: Seconds
+
+
+def plan_time(architecture: Architecture, setting: Setting, machine: Machine, workload: Workload) -> TimePlan:
+    """The time of a run. Without a held-out row or an answer an evaluation takes no time."""
+    step = step_seconds(architecture, setting, machine, workload.tokens_per_row)
+    evaluation = evaluation_seconds(architecture, setting, machine, workload)
+    return TimePlan(step, evaluation, step.times(workload.steps) + evaluation.times(workload.evaluations))
+
+
+def step_seconds(
+    architecture: Architecture, setting: Setting, machine: Machine, tokens_per_row: float | None = None
+) -> Seconds:
+    """Seconds of one optimizer step; rows have `tokens_per_row` tokens, or as many as the longest."""
+    length = setting.longest if tokens_per_row is None else tokens_per_row
+    low, expected, high = (case.step(length) for case in _cases(architecture, setting, machine))
+    slower = _DORA if setting.method == "dora" else 1.0
+    return Seconds(low, expected * slower, high * slower)
+
+
+def evaluation_seconds(architecture: Architecture, setting: Setting, machine: Machine, workload: Workload) -> Seconds:
+    """Seconds of one evaluation: a forward pass over the held-out rows, and answers token by token."""
+    cases = _cases(architecture, setting, machine)
+    low, expected, high = (case.measure(workload) + case.answer(workload.answers) for case in cases)
+    return Seconds(low, expected, high)
+
+
+def training_flops(architecture: Architecture, setting: Setting, length: float) -> float:
+    """FLOP per token of a row of `length` tokens, forward and backward.
+
+    With N parameters in products and P in the adapter: 6N for full fine-tuning, 4N + 6P for LoRA, whose frozen weights
+    have no gradient of their own; checkpointing computes the blocks' forward pass again (the head has none). Causal
+    attention adds 2 * length * width of the queries for every layer and pass (half of 4 * length * width).
+    """
+    blocks, head, attention = _products(architecture, length)
+    head *= min(1.0, setting.labelled / setting.longest)  # the head is computed where there are labels
+    adapter = adapter_parameters(architecture, setting)
+    forward = 2 * (blocks + head + adapter) + attention
+    trained = 2 * (blocks + head) if setting.method == "full" else 2 * adapter
+    backward = 2 * (blocks + head + adapter) + trained + 2 * attention
+    again = 2 * (blocks + adapter) + attention if setting.gradient_checkpointing else 0.0
+    return forward + backward + again
+
+
+def partial_flops(architecture: Architecture, length: float, trained_layers: int) -> float:
+    """FLOP per token when only the head and the last `trained_layers` blocks train: the backward pass stops there."""
+    blocks, head, attention = _products(architecture, length)
+    share = trained_layers / architecture.layers
+    return 2 * (blocks + head) + attention + 4 * (blocks * share + head) + 2 * attention * share
+
+
+def adapter_parameters(architecture: Architecture, setting: Setting) -> int:
+    """Trained entries of the adapter; 0 in full fine-tuning."""
+    if setting.method == "full":
+        return 0
+    magnitudes = 0
+    if setting.method == "dora":  # one length for every output of a layer
+        magnitudes = sum(linear.out * linear.count for linear in architecture.targets(setting.target_modules))
+    return architecture.adapter_parameters(setting.r, setting.target_modules) + magnitudes
+
+
+def _cases(architecture: Architecture, setting: Setting, machine: Machine) -> Iterator[_Case]:
+    return (_Case(architecture, setting, machine, reached) for reached in (_LOW, _EXPECTED, _HIGH))
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Seconds, if the machine reaches this much."""
+
+    architecture: Architecture
+    setting: Setting
+    machine: Machine
+    reached: _Reached
+
+    def step(self, length: float) -> float:
+        """One optimizer step over rows of `length` tokens."""
+        setting = self.setting
+        tokens = min(setting.micro_batch, setting.rows_per_step) * length
+        flops = training_flops(self.architecture, setting, length) * tokens
+        micro_batch = self._passes(flops, 3 if setting.gradient_checkpointing else 2)
+        if setting.activation_offloading:
+            micro_batch += 2 * _kept_bytes(self.architecture, setting) * tokens / self.reached.link
+        micro_batches = math.ceil(setting.rows_per_step / setting.micro_batch)
+        return micro_batches * micro_batch + self._moved(_updated_bytes(self.architecture, setting))
+
+    def measure(self, workload: Workload) -> float:
+        """The NLL of all held-out rows."""
+        if not workload.held_out_rows:
+            return 0.0
+        batches = math.ceil(workload.held_out_rows / self.setting.evaluation_batch)
+        rows = workload.held_out_rows / batches
+        return batches * self._passes(self._forward_flops(workload.held_out_tokens, rows), 1)
+
+    def answer(self, answers: int) -> float:
+        """Prompts go through once; then every token reads all weights, and the keys and values before it."""
+        if not answers:
+            return 0.0
+        setting, shape = self.setting, self.architecture
+        batches = math.ceil(answers / setting.evaluation_batch)
+        rows = answers / batches
+        prompt = self._passes(self._forward_flops(setting.evaluation_longest, rows), 1)
+        before = setting.evaluation_longest + setting.max_new_tokens / 2
+        cache = 2 * shape.layers * shape.keys * _BYTES[setting.compute_dtype] * before * rows
+        flops = self._forward_flops(setting.evaluation_longest, rows) / setting.evaluation_longest
+        # bitsandbytes multiplies one row by packed weights; more rows by unpacked ones
+        token = self._passes(flops, 1, unpacked=rows > 1) + self._moved(cache)
+        return batches * (prompt + setting.max_new_tokens * token)
+
+    def _forward_flops(self, length: float, rows: float) -> float:
+        blocks, head, attention = _products(self.architecture, length)
+        adapter = adapter_parameters(self.architecture, self.setting)
+        return (2 * (blocks + head + adapter) + attention) * length * rows
+
+    def _passes(self, flops: float, passes: int, unpacked: bool = True) -> float:
+        """So many passes through the base: its products, or reading every weight, or starting every operation."""
+        shape, width = self.architecture, _BYTES[self.setting.compute_dtype]
+        packed = min(width, self.setting.bits / 8)
+        others = shape.parameters - shape.linear_parameters
+        reading = self._moved(passes * (shape.linear_parameters * packed + others * width))
+        starting = passes * shape.layers * self.reached.launch if self.machine.launches else 0.0
+        seconds = max(flops / (self.machine.flops * self.reached.compute), reading, starting)
+        if packed < width and unpacked:  # again in every pass: packed bytes are read, the products' dtype is written
+            moved = passes * shape.linear_parameters * (packed + width)
+            seconds += moved / (self.machine.bandwidth * self.reached.dequantization)
+        return seconds
+
+    def _moved(self, count: float) -> float:
+        return count / (self.machine.bandwidth * self.reached.stream)
+
+
+def _products(architecture: Architecture, length: float) -> tuple[float, float, float]:
+    """Parameters that a token meets in the blocks' products and in the head's, and FLOP of attention forward."""
+    blocks = float(architecture.linear_parameters)
+    if experts := architecture.experts:
+        matrices = experts.per_token * 3 * experts.intermediate + experts.count
+        blocks += experts.layers * architecture.hidden * matrices
+    head = float(architecture.vocabulary * architecture.hidden)
+    return blocks, head, 2.0 * length * architecture.queries * architecture.layers
+
+
+def _kept_bytes(architecture: Architecture, setting: Setting) -> float:
+    """Bytes per token that wait for the backward pass: a block's input, or what its operations keep.
+
+    12h + 3 * queries + keys + 3 * intermediate per block, as fitcheck measured it on a T4.
+    """
+    shape = architecture
+    kept = 12 * shape.hidden + 3 * shape.queries + shape.keys + 3 * shape.intermediate
+    return shape.layers * _BYTES[setting.compute_dtype] * (shape.hidden if setting.gradient_checkpointing else kept)
+
+
+def _updated_bytes(architecture: Architecture, setting: Setting) -> float:
+    """Bytes that the optimizer's update reads and writes."""
+    if setting.method == "full":
+        trained = architecture.parameters * _BYTES[setting.dtype]
+    else:
+        trained = adapter_parameters(architecture, setting) * 4
+    return trained * _UPDATE[setting.optim]
