@@ -17,10 +17,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftkit import runs
 from peftkit.errors import RunError
 from peftkit.events import Decision, Event, Note, Progress, Warned
-from peftkit.runs import RunFolder, list_runs, load_run, read_events, read_metrics
+from peftkit.runs import RunFolder, folder, list_runs, load_run, read_events, read_metrics
 
 
 def begin(root: Path, recipe: str = "qlora_sft") -> RunFolder:
@@ -36,7 +35,7 @@ def test_a_new_run_has_its_files_and_nothing_else(tmp_path: Path) -> None:
     run = begin(tmp_path / "deep/runs")
     assert re.fullmatch(r"\d{8}-\d{6}-qlora_sft-[0-9a-f]{4}", run.id)
     assert run.path == tmp_path / "deep/runs" / run.id
-    assert sorted(os.listdir(run.path)) == ["config.yaml", "environment.json", "status.json"]
+    assert sorted(os.listdir(run.path)) == [".lock", "config.yaml", "environment.json", "status.json"]
     assert os.listdir(run.path.parent) == [run.id]
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == {"train": {"lr": 1e-5, "name": "1e-5"}}
     assert json.loads((run.path / "environment.json").read_text()) == {"python": "3.11"}
@@ -52,8 +51,8 @@ def test_ids_are_safe_names_whatever_the_recipe(tmp_path: Path) -> None:
 
 def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draws = iter(["aaaa", "1111", "2222", "3333", "aaaa", "cccc", "bbbb", "4444", "5555", "6666"])
-    monkeypatch.setattr(runs.secrets, "token_hex", lambda _: next(draws))
-    monkeypatch.setattr(runs, "datetime", FrozenClock)
+    monkeypatch.setattr(folder.secrets, "token_hex", lambda _: next(draws))
+    monkeypatch.setattr(folder, "datetime", FrozenClock)
     first = begin(tmp_path)
     left_by_a_killed_one = tmp_path / f".{first.id[:-4]}cccc.new"
     left_by_a_killed_one.mkdir()
@@ -63,7 +62,7 @@ def test_two_runs_never_share_a_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert sorted(os.listdir(tmp_path)) == [first.id, second.id]
 
 
-class FrozenClock(runs.datetime):
+class FrozenClock(folder.datetime):
     @classmethod
     def now(cls, tz: Any = None) -> Any:
         return cls(2026, 1, 2, 3, 4, 5, tzinfo=tz)

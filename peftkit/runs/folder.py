@@ -1,8 +1,10 @@
-"""One execution of a recipe: its folder, id, environment, events, metrics and status.
+"""The folder of a run in progress: its first files, its diary, its end, and going on with it after that.
 
     <id>/config.yaml environment.json      written before the folder appears under its name
          status.json                       state, process and result; replaced as a whole
          events.jsonl metrics.jsonl        appended line by line; a killed process may leave the last line torn
+         report.html                       the page of the run, written again now and then
+         .lock                             held while a process writes here
 
 A process that was killed cannot say so. status.json therefore names the process (pid, start time, boot, host), and a
 run that claims to be running while that process is gone is shown as "died".
@@ -11,9 +13,8 @@ run that claims to be running while that process is gone is shown as "died".
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import json
+import math
 import os
 import re
 import secrets
@@ -24,20 +25,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import BaseFileLock
+
 from peftkit.atomic import replace_file, sync_folder
 from peftkit.config import dump_yaml
 from peftkit.errors import RunError
 from peftkit.events import Event, Warned, silent
 from peftkit.plain import as_json_text, as_plain
-from peftkit.process import identity, is_alive
+from peftkit.process import identity
+from peftkit.runs.lock import hold
+from peftkit.runs.page import PAGE, run_page
+from peftkit.runs.status import load_folder, refuse_alive, stamp
 
-_STATES = ("running", "done", "failed", "interrupted")
+_PAGE_EVERY = 10.0  # seconds
+_PAGE_SHARE = 20  # a page that took a second is written again after 20: at most 5 % of a run's time goes into it
 
 
 class RunFolder:
     """The folder of a run in progress."""
 
-    def __init__(self, path: Path, status: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, status: Mapping[str, Any], lock: BaseFileLock) -> None:
         self.path = path
         self.id = path.name
         self.lost = 0
@@ -45,8 +52,12 @@ class RunFolder:
         self.notify: Callable[[Event], None] = silent
         """Told once, by a Warned, when the first line is lost."""
         self._status = dict(status)
-        self._clock = time.monotonic()
+        self._lock = lock
+        # Seconds of the processes before this one count as passed.
+        self._clock = time.monotonic() - float(status["seconds"] or 0.0)
         self._torn: set[str] = set()
+        self._next_page = -math.inf
+        self._page_failed = False
 
     @classmethod
     def create(cls, root: Path, recipe: str, config: Mapping[str, Any], environment: Mapping[str, str]) -> RunFolder:
@@ -55,7 +66,7 @@ class RunFolder:
         started = datetime.now(UTC)
         name = re.sub(r"[^A-Za-z0-9_]+", "-", Path(recipe).name.removesuffix(".py")).strip("-")[:60] or "run"
         status = {
-            "format": 1, "recipe": recipe, "state": "running", "started": _stamp(started), "ended": None,
+            "format": 1, "recipe": recipe, "state": "running", "started": stamp(started), "ended": None,
             "seconds": None, "error": None, "saved_as": None, "figures": {}, "process": identity(os.getpid()),
         }  # fmt: skip
         try:
@@ -85,11 +96,46 @@ class RunFolder:
                 expected="a folder that can be written, with free space",
                 hint="free some space, or choose another folder with --runs or PEFTKIT_RUNS",
             ) from error
-        return cls(path, status)
+        return cls(path, status, hold(path))
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """Go on with a run whose process has ended: it runs again, in this process, and its seconds go on.
+
+        Raises RunError when a process still works on it, or when its status cannot be read.
+        """
+        path = Path(path)
+        refuse_alive(load_folder(path), "gone on with")
+        if not path.is_dir():
+            raise RunError(f"there is no run in {path}", expected="the folder of a run", hint="peftkit runs list")
+        lock = hold(path)
+        try:
+            # Read again: between the first look and the lock another process may have gone on with the run, and ended.
+            before = load_folder(path)
+            refuse_alive(before, "gone on with")
+            if before.state == "damaged":
+                raise RunError(
+                    f"run {before.id} cannot be gone on with: {before.error}",
+                    expected=f"the status that a run wrote in {path / 'status.json'}",
+                    hint="start it again without --resume",
+                )
+            status = json.loads((path / "status.json").read_bytes())
+            status["resumed"] = [*status.get("resumed", []), stamp(datetime.now(UTC))]
+            if before.saved_as is not None:  # what is learned from now on is in no registry yet
+                status["saved_before"] = [*status.get("saved_before", []), before.saved_as]
+            again = {"state": "running", "ended": None, "error": None, "saved_as": None, "seconds": before.seconds}
+            run = cls(path, {**status, **again, "process": identity(os.getpid())}, lock)
+            run.lost = before.lost_records
+            run._torn = {name for name in ("events.jsonl", "metrics.jsonl") if _is_torn(path / name)}
+            run.write_json("status.json", run._status)
+        except BaseException:
+            lock.release()
+            raise
+        return run
 
     def record(self, event: Event) -> None:
         """Append an event to events.jsonl; never raises for a full disk (see `lost`)."""
-        self._append("events.jsonl", {"at": _stamp(datetime.now(UTC)), **event.as_record()})
+        self._append("events.jsonl", {"at": stamp(datetime.now(UTC)), **event.as_record()})
 
     def log_metrics(self, step: int, figures: Mapping[str, float]) -> None:
         """Append figures to metrics.jsonl, NaN and infinities as text; never raises for a full disk (see `lost`)."""
@@ -115,11 +161,32 @@ class RunFolder:
         return target
 
     def finish(self, state: Literal["done", "failed", "interrupted"], **facts: Any) -> None:
-        """Write the end of the run to status.json (error=, saved_as=, figures=, …); raises RunError if it cannot."""
+        """Write the end of the run to status.json (error=, saved_as=, figures=, …), its last page, and let go of it.
+
+        Raises RunError if the status cannot be written.
+        """
         seconds = round(time.monotonic() - self._clock, 3)
-        end = {"state": state, "ended": _stamp(datetime.now(UTC)), "seconds": seconds, "lost_records": self.lost}
+        end = {"state": state, "ended": stamp(datetime.now(UTC)), "seconds": seconds, "lost_records": self.lost}
         self._status.update({**facts, **end})
-        self.write_json("status.json", self._status)
+        try:
+            self.write_json("status.json", self._status)
+            self.write_page(force=True)
+        finally:
+            self._lock.release()
+
+    def write_page(self, *, force: bool = False) -> None:
+        """Write report.html, unless that was done a moment ago; never raises, whatever the disk or a file says."""
+        began = time.monotonic()
+        if began < self._next_page and not force:
+            return
+        try:
+            replace_file(self.path / PAGE, run_page(self.path))
+        except Exception as error:  # hours of training must not end for a picture of them
+            if not self._page_failed:
+                self._page_failed = True
+                self.notify(Warned(f"{self.path / PAGE} cannot be written ({error}); the run goes on without it"))
+        took = time.monotonic() - began
+        self._next_page = began + max(_PAGE_EVERY, _PAGE_SHARE * took)
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one line.
@@ -151,126 +218,11 @@ class RunFolder:
                 self.notify(Warned(text, hint="free some space; later lines are written again"))
 
 
-@dataclasses.dataclass(frozen=True)
-class RunStatus:
-    """A run as its folder tells it; times are ISO 8601 in UTC."""
-
-    id: str
-    path: Path
-    recipe: str
-    state: Literal["running", "done", "failed", "interrupted", "died", "damaged"]
-    started: str | None
-    ended: str | None
-    seconds: float | None
-    error: str | None
-    saved_as: str | None
-    figures: dict[str, Any]
-    lost_records: int = 0
-
-
-def list_runs(root: Path) -> list[RunStatus]:
-    """Every run in a folder, newest first; what cannot be read is listed as "damaged"."""
-    runs = [_status(path) for path in _folders(Path(root))]
-    return sorted(runs, key=lambda run: (run.started or "", run.id), reverse=True)
-
-
-def load_run(root: Path, id_or_unique_prefix: str) -> RunStatus:
-    """One run by its id or the beginning of it; raises RunError with near ids when none or several fit."""
-    folders = {path.name: path for path in _folders(Path(root))}
-    wanted = id_or_unique_prefix
-    fits = [wanted] if wanted in folders else [name for name in folders if wanted and name.startswith(wanted)]
-    if len(fits) == 1:
-        return _status(folders[fits[0]])
-    if fits:
-        raise RunError(f"{len(fits)} runs begin with {wanted!r}: {', '.join(sorted(fits))}", hint="give more of the id")
-    near = [name for name in folders if wanted and wanted in name]
-    near = near or difflib.get_close_matches(wanted, folders, cutoff=0.4) or sorted(folders, reverse=True)[:3]
-    raise RunError(
-        f"no run {wanted!r} in {root}",
-        expected=f"one of {', '.join(near)}" if near else "a run; there is none yet",
-        hint="peftkit runs list",
-    )
-
-
-def read_metrics(run: Path) -> list[tuple[int, dict[str, float]]]:
-    """(step, figures) of a run in the order written; torn lines are left out."""
-    found = []
-    for record in _lines(Path(run) / "metrics.jsonl"):
-        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-            found.append((int(record["step"]), {key: float(value) for key, value in record["figures"].items()}))
-    return found
-
-
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The events of a run in the order written; torn lines are left out."""
-    return _lines(Path(run) / "events.jsonl")
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    records = []
+def _is_torn(path: Path) -> bool:
+    """Whether a killed process left the last line of a file without its end."""
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
-    return records
-
-
-def _folders(root: Path) -> list[Path]:
-    try:
-        return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise RunError(f"the folder of runs {root} cannot be read: {error.strerror or error}") from error
-
-
-def _status(path: Path) -> RunStatus:
-    try:
-        facts = json.loads((path / "status.json").read_bytes())
-        return _parsed(path, facts)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        why = "status.json is missing" if isinstance(error, FileNotFoundError) else f"status.json is unusable ({error})"
-        return RunStatus(path.name, path, "", "damaged", _from_id(path.name), None, None, why, None, {})
-
-
-def _parsed(path: Path, facts: Mapping[str, Any]) -> RunStatus:
-    """status.json as a RunStatus; raises an error of Python's own for anything unexpected in it."""
-    if facts["format"] != 1:
-        raise ValueError(f"format {facts['format']!r}, this peftkit reads 1")
-    state, ended, seconds = facts["state"], facts["ended"], facts["seconds"]
-    started = datetime.fromisoformat(facts["started"])
-    if state not in _STATES:
-        raise ValueError(f"unknown state {state!r}")
-    error = None if facts["error"] is None else str(facts["error"])
-    figures = dict(facts["figures"] or {}) or next((figures for _, figures in reversed(read_metrics(path))), {})
-    if state == "running":
-        last = datetime.now(UTC)
-        if not is_alive(facts["process"]):
-            state, last = "died", _last_sign(path)
-            ended, error = _stamp(last), "the process ended without a word (killed, out of memory, or power lost)"
-        seconds = max((last - started).total_seconds(), 0.0)
-    saved_as = None if facts["saved_as"] is None else str(facts["saved_as"])
-    return RunStatus(
-        path.name, path, str(facts["recipe"]), state, _stamp(started), None if ended is None else str(ended),
-        None if seconds is None else float(seconds), error, saved_as, figures, int(facts.get("lost_records", 0)),
-    )  # fmt: skip
-
-
-def _last_sign(path: Path) -> datetime:
-    names = ("status.json", "events.jsonl", "metrics.jsonl")
-    return datetime.fromtimestamp(max((path / name).stat().st_mtime for name in names if (path / name).exists()), UTC)
-
-
-def _from_id(name: str) -> str | None:
-    with contextlib.suppress(ValueError):
-        return _stamp(datetime.strptime(name[:15], "%Y%m%d-%H%M%S").replace(tzinfo=UTC))
-    return None
-
-
-def _stamp(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        with path.open("rb") as handle:
+            handle.seek(-1, os.SEEK_END)
+            return handle.read(1) != b"\n"
+    except OSError:  # missing, or empty
+        return False
