@@ -39,7 +39,7 @@ def test_the_python_of_the_registry_guide(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from peftkit import AdapterSpec, BaseSpec, QuantSpec, Registry, inject, load_backbone
-    from peftkit.recipe.run import base_fields
+    from peftkit.recipe.fields import base_fields
     from peftkit.registry import Draft
     from peftkit.tuning.inject import save_adapter
 

@@ -10,6 +10,7 @@ from transformers.utils import is_flash_attn_2_available
 from peftkit.backbone.spec import QuantSpec, compute_dtype
 from peftkit.errors import BackboneError
 from peftkit.events import Decision
+from peftkit.process_group import launched
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,12 @@ def label(spec: QuantSpec, placement: Placement) -> str:
     return spec.label if spec.bits in (4, 8) else _name(placement.dtype)
 
 
-def optimizer(device: torch.device, quantized: bool) -> Decision:
+def optimizer(device: torch.device, quantized: bool, *, sharded: bool = False) -> Decision:
     """The optimizer for adapters on this device: `choice` is transformers' name for it."""
     if device.type != "cuda":
         return Decision("optimizer", "adamw_torch", "no CUDA: paged and 8-bit optimizers need it")
+    if sharded:
+        return Decision("optimizer", "adamw_torch", "FSDP: states are spread over the processes as the adapter is")
     if quantized:
         return Decision("optimizer", "paged_adamw_8bit", "CUDA and quantized weights: states in 8 bits, paged to host")
     return Decision("optimizer", "adamw_torch_fused", "CUDA, weights not quantized: one fused kernel per step")
@@ -66,8 +69,15 @@ def _device(spec: QuantSpec) -> tuple[torch.device, str]:
         )
     if spec.device == "cpu" or not available:
         return torch.device("cpu"), "asked for" if spec.device == "cpu" else "torch sees no CUDA device"
-    name, (major, minor) = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
-    return torch.device("cuda", 0), f"{name}, SM {major}.{minor}"
+    index = launched().local_rank
+    if index >= torch.cuda.device_count():
+        raise BackboneError(
+            f"process {index} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}",
+            expected="one GPU for each process",
+            hint="start fewer processes (--num_processes), or set quant.device=cpu",
+        )
+    name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    return torch.device("cuda", index), f"{name}, SM {major}.{minor}"
 
 
 def _compute_dtype(spec: QuantSpec, device: torch.device) -> tuple[torch.dtype, str]:

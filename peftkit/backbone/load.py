@@ -21,6 +21,7 @@ from peftkit.base.ref import BaseSpec, LocatedBase, read_config
 from peftkit.base.tokenizer import Tokenizer, load_tokenizer
 from peftkit.errors import BackboneError
 from peftkit.events import Report, silent
+from peftkit.process_group import launched
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def load_backbone(
 
     Raises BaseError when the base cannot be found, BackboneError when it cannot be loaded this way.
     """
+    _refuse_sharded_int8(quant)
     located = located or locate(base, cache, report)
     config = read_config(located.folder)
     quant = _agree_with_upload(quant, config, located.source)
@@ -89,7 +91,8 @@ def load_backbone(
 def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, placement: Placement) -> Any:
     options: dict[str, Any] = {
         "dtype": placement.dtype,
-        "device_map": {"": placement.device},
+        # With FSDP no device needs to hold it whole: `backbone.shard` moves it layer by layer.
+        "device_map": {"": torch.device("cpu") if launched().sharded else placement.device},
         "attn_implementation": placement.attention,
         "trust_remote_code": False,
         "use_safetensors": True,
@@ -159,6 +162,15 @@ def _agree_with_upload(quant: QuantSpec, config: dict[str, Any], source: str) ->
             "double_quant": bool(stored.get("bnb_4bit_use_double_quant", False)),
         }
     )
+
+
+def _refuse_sharded_int8(quant: QuantSpec) -> None:
+    if quant.bits == 8 and launched().sharded:
+        raise BackboneError(
+            "int8 under FSDP: bitsandbytes keeps codes and scales outside the parameter, and FSDP would lose them",
+            expected="quant.bits=4, 16 or 32 under FSDP",
+            hint="set quant.bits=4, or start it with DDP: accelerate launch --multi_gpu",
+        )
 
 
 def _refuse_remote_code(config: dict[str, Any], source: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -11,6 +13,9 @@ from peftkit import locations
 from peftkit.base.ref import BaseSpec, longest_sequence, read_config
 from peftkit.cli.console import Reporter, console, harmless, show
 from peftkit.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from peftkit.data.audit import Audit
 
 app = typer.Typer(help="Look at rows the way training will see them.", no_args_is_help=True, rich_markup_mode=None)
 Source = Annotated[str, typer.Argument(metavar="ROWS", help="A file of rows, or a Hub data set.")]
@@ -22,19 +27,54 @@ EMBEDDED = "embedded:smollm2-135m"
 
 
 @app.command()
-def check(source: Source, settings: Settings = None, base: BaseName = EMBEDDED, as_json: AsJson = False) -> None:
-    """Read, render and count all rows; every row that cannot be used is named.
+def check(
+    source: Source,
+    settings: Settings = None,
+    base: BaseName = EMBEDDED,
+    against: Annotated[str | None, typer.Option("--against", help="A file that must not be learned.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the audit as one page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read, render and examine all rows; what is wrong is listed with its places and how to mend it.
+
+    The exit code is 1 when a finding would stop a run.
 
     Example: peftkit data check tickets.jsonl --base Qwen/Qwen3-4B
     """
-    from peftkit.data.audit import audit
+    from peftkit.data.audit import consent, describe, inspect
 
-    spec, tokenizer, limit, report = _prepare(source, settings, base, as_json)
-    result = audit(spec, tokenizer, limit, report)
-    value: dict[str, Any] = {"train": result.train.record(), "held_out": result.held_out.record()}
-    value["overlap"] = result.overlap
-    changed = any(part.dropped or part.truncated for part in (result.train, result.held_out))
-    show(value, as_json=as_json, text="some rows are left out or cut" if changed else "every row can be used")
+    given = [*(settings or []), *([f"against={against}"] if against else [])]
+    spec, tokenizer, limit, report = _prepare(source, given, base, as_json)
+    result = inspect(spec, tokenizer, limit, report)
+    if html:
+        _write_page(html, source, result)
+    if as_json:
+        value = result.record()
+        value["train"], value["held_out"] = value.pop("parts")
+        show(value, as_json=True, text="")
+    else:
+        found = "\n\n".join(f"{finding.severity} {describe(finding)}" for finding in result.findings)
+        counts = Counter(finding.severity for finding in result.findings)
+        many = ", ".join(f"{counts[kind]} {kind}{'s' * (counts[kind] != 1)}" for kind in ("error", "warning", "note"))
+        verdict = (
+            "; ".join(filter(None, ["a run stops here", consent(result.errors)]))
+            if result.errors
+            else "a run can start"
+        )
+        show(
+            None, as_json=False, text=f"{found}\n\n{many}: {verdict}" if found else "nothing was found: a run can start"
+        )
+    if result.errors:
+        raise typer.Exit(1)
+
+
+def _write_page(path: Path, source: str, result: Audit) -> None:
+    from peftkit.atomic import replace_file
+    from peftkit.data.findings.show import sections
+    from peftkit.page import page
+
+    parts = [result.train.record(), result.held_out.record()]
+    replace_file(path, page(f"Audit of {Path(source).name}", sections(result.findings, result.tokens, parts)))
 
 
 @app.command()

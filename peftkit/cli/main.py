@@ -26,6 +26,7 @@ from peftkit.cli import (
     evaluate,
     exchange,
     generate,
+    plan,
     recipes,
     reproduce,
     runs,
@@ -35,6 +36,7 @@ from peftkit.cli import (
 from peftkit.cli.console import console, harmless
 from peftkit.cli.entry import terminate_like_ctrl_c
 from peftkit.errors import PeftkitError
+from peftkit.process_group import process_name
 from peftkit.recipe import Interrupted
 
 app = typer.Typer(
@@ -46,6 +48,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
@@ -136,4 +139,4 @@ def run_recipe(path: str) -> int:
 
 
 def _print_error(text: str) -> None:
-    console(stderr=True).print(harmless(f"peftkit: {text}"), markup=False)
+    console(stderr=True).print(harmless(f"peftkit{process_name()}: {text}"), markup=False)

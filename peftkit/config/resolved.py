@@ -34,6 +34,21 @@ class Resolved(Generic[T]):
         """The configuration as plain JSON values; `dump_yaml` of it resolves to an equal configuration."""
         return self.config.model_dump(mode="json")
 
+    def changed(self, values: Mapping[str, Any], source: str) -> Resolved[T]:
+        """The same with some leaves (by dotted key) set by another source. Raises ConfigError for a wrong value."""
+        plain = self.as_dict()
+        for key, value in values.items():
+            *path, name = key.split(".")
+            group = plain
+            for part in path:
+                group = group[part]
+            group[name] = value
+        try:
+            config = type(self.config).model_validate(plain)
+        except ValidationError as error:
+            raise ConfigError([str(problem["msg"]) for problem in error.errors()], where=source) from error
+        return Resolved(config, {**self.sources, **dict.fromkeys(values, source)})
+
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical JSON (sorted keys, no spaces, UTF-8)."""

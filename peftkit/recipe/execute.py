@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkit import locations
-from peftkit.config import Resolved
+from peftkit.config import Resolved, dump_yaml
 from peftkit.environment import environment
-from peftkit.events import Event, Note, Progress, Report, silent
+from peftkit.errors import RunError
+from peftkit.events import Decision, Event, Note, Progress, Report, silent
+from peftkit.process_group import ProcessGroup, launched
+from peftkit.recipe.binding import Binding
 from peftkit.recipe.files import Recipe, default_name
+from peftkit.recipe.follower import FollowerFolder
+from peftkit.recipe.resume import CHECKPOINTS, how_to_resume, keep_recipe
 from peftkit.recipe.run import UNPUBLISHED, Interrupted, PlannedOnly, Run
 from peftkit.registry.layout import check_name
 from peftkit.registry.store import Registry
-from peftkit.runs import RunFolder
+from peftkit.runs import RunFolder, RunStatus
+
+if TYPE_CHECKING:
+    from peftkit.training.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -36,48 +46,113 @@ def execute(
     report: Report = silent,
     dry_run: bool = False,
     other_base: bool = False,
+    resume: RunStatus | None = None,
+    budget: str | None = None,
 ) -> Result:
-    """Run a recipe's main from a fresh run folder to its end, recording events and how it ended.
+    """Run a recipe's main to its end in a fresh run folder, or in that of the run to `resume`; record how it ended.
 
     The adapter is published to `registry`, from which `init_from` is read too, unless `publish_to` names another.
-    Raises what the recipe raises; Interrupted after Ctrl-C.
+    With a `budget`, such as 12GB, the settings are first changed to fit into it. Raises what the recipe raises;
+    Interrupted after Ctrl-C.
     """
     store = Registry(locations.registry_root(registry).path)
     check_name(getattr(resolved.config, "save_as", None) or default_name(recipe))  # before hours of training, not after
     cache = locations.cache_root().path
+    group = launched()
+    report = report if group.leads else silent
     if dry_run:
         run = Run(recipe, resolved, store, cache, None, report, other_base)
         try:
-            recipe.main(resolved.config, run)
+            if budget:
+                run.fit(budget)
+            recipe.main(run.resolved.config, run)
         except PlannedOnly:
             report(Note("dry run: nothing was trained or written"))
         return Result(None, None, {})
+    with _joined(group):
+        folder = _folder(recipe, resolved, runs, resume) if group.leads else FollowerFolder(group)
+        folder.notify = report
+
+        def recorded(event: Event) -> None:
+            if not isinstance(event, Progress):  # steps are in metrics.jsonl already
+                folder.record(event)
+            report(event)
+
+        target = Registry(publish_to) if publish_to else None
+        run = Run(recipe, resolved, store, cache, folder, recorded, other_base, target)
+        recorded(Note(f"run {folder.id} in {folder.path}"))
+        if group.size > 1:
+            recorded(Decision("processes", f"{group.size}", f"base {group.how}; each step's rows are shared out"))
+        with _recorded_end(run, folder, report):
+            if resume is not None:
+                run.start = _newest(resume, recorded)
+            run.binding = Binding(folder.id, run.start.state["bound_to"] if run.start else None)
+            if budget:
+                run.fit(budget)
+            run.binding.settings(recipe, run.resolved)
+            folder.write_text("config.yaml", dump_yaml(run.resolved.as_dict()))
+            recipe.main(run.resolved.config, run)
+    return Result(folder.id, run.saved.reference if run.saved else None, run.figures)
+
+
+def _folder(recipe: Recipe, resolved: Resolved[Any], runs: Path | None, resume: RunStatus | None) -> RunFolder:
+    if resume is not None:
+        return RunFolder.reopen(resume.path)
     folder = RunFolder.create(locations.runs_root(runs).path, recipe.name, resolved.as_dict(), environment())
-    folder.notify = report
+    keep_recipe(recipe, folder)
+    return folder
 
-    def recorded(event: Event) -> None:
-        if not isinstance(event, Progress):  # steps are in metrics.jsonl already
-            folder.record(event)
-        report(event)
 
-    target = Registry(publish_to) if publish_to else None
-    run = Run(recipe, resolved, store, cache, folder, recorded, other_base, target)
-    recorded(Note(f"run {folder.id} in {folder.path}"))
+@contextmanager
+def _joined(group: ProcessGroup) -> Iterator[None]:
+    """Be one of several processes, if there are several, from before anything is written to after all is."""
+    if group.size == 1:
+        yield
+        return
+    from peftkit.training.parallel import leave, team
+
+    team()
     try:
-        recipe.main(resolved.config, run)
+        yield
+    except BaseException:
+        leave(in_order=False)
+        raise
+    leave(in_order=True)
+
+
+@contextmanager
+def _recorded_end(run: Run, folder: RunFolder, report: Report) -> Iterator[None]:
+    """Write into the run's folder how what stands inside ended."""
+    try:
+        yield
     except (KeyboardInterrupt, Interrupted) as error:
         folder.finish("interrupted", error=str(error), figures=run.figures)
         if isinstance(error, Interrupted):
             raise
-        raise Interrupted(f"run {folder.id} was interrupted{_kept(folder)}") from None
+        raise Interrupted(f"run {folder.id} was interrupted{_kept(folder)}", hint=how_to_resume(folder)) from None
     except BaseException as error:
         folder.finish("failed", error=f"{type(error).__name__}: {error}", figures=run.figures)
-        if _kept(folder):
-            report(Note(f"run {folder.id} failed after training{_kept(folder)}"))
+        if kept := _kept(folder):
+            report(Note(f"run {folder.id} failed after training{kept}"))
+        if (how := how_to_resume(folder)) and run.start is None:
+            report(Note(how))
         raise
-    saved = run.saved.reference if run.saved else None
-    folder.finish("done", saved_as=saved, figures=run.figures)
-    return Result(folder.id, saved, run.figures)
+    folder.finish("done", saved_as=run.saved.reference if run.saved else None, figures=run.figures)
+
+
+def _newest(run: RunStatus, report: Report) -> Checkpoint:
+    from peftkit.training.checkpoint import Checkpoints
+
+    checkpoints = Checkpoints(run.path / CHECKPOINTS, report)
+    found = checkpoints.newest()
+    if found is None:
+        raise RunError(
+            f"run {run.id} has no checkpoint to go on from",
+            expected=f"a folder step-… in {checkpoints.folder}",
+            hint="start it again without --resume",
+        )
+    report(Note(f"going on from step {found.step}"))
+    return found
 
 
 def _kept(folder: RunFolder) -> str:

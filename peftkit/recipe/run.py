@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 from peftkit.config import Resolved
 from peftkit.environment import environment
 from peftkit.errors import OutOfMemory, RunError
-from peftkit.events import Note, Report, Table, silent
+from peftkit.events import Note, Report, Warned, silent
 from peftkit.plain import as_utf8
+from peftkit.process_group import launched
+from peftkit.recipe.binding import Binding
+from peftkit.recipe.fields import base_fields, without_paths
 from peftkit.recipe.files import Recipe, default_name
+from peftkit.recipe.resume import CHECKPOINTS, how_to_resume
+from peftkit.recipe.showing import report_comparison
 from peftkit.registry.manifest import Draft
 from peftkit.registry.store import Registry, Version
-from peftkit.render import duration, interval, number, size
+from peftkit.render import duration, size
 from peftkit.runs import RunFolder
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` does not need it
@@ -26,17 +29,18 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` d
     from peftkit.backbone.spec import QuantSpec
     from peftkit.base.ref import BaseSpec, LocatedBase
     from peftkit.data.audit import Audit, DataSpec
-    from peftkit.evaluation.compare import Interval
     from peftkit.evaluation.held_out import Comparison
     from peftkit.evaluation.spec import EvaluateSpec
+    from peftkit.recipe.target import Target
+    from peftkit.training.checkpoint import Checkpoint
     from peftkit.training.sft import Trained
     from peftkit.training.spec import TrainSpec
     from peftkit.tuning.inject import Tuned
     from peftkit.tuning.methods import AdapterSpec
 
 
-# Where a run keeps its trained adapter until the registry has it.
-UNPUBLISHED = "adapter"
+# Where a run keeps its trained adapter until the registry has it, and what an interrupted one had learned.
+UNPUBLISHED, INTERRUPTED = "adapter", "interrupted"
 
 
 class Interrupted(RunError):
@@ -62,10 +66,17 @@ class Run:
     """Whether `init_from` may name an adapter of another base; what differs is recorded in the new version."""
     publish_to: Registry | None = None
     """Where the adapter is kept when that is not `registry`."""
+    target: Target | None = None
+    """What the run has to fit into; None is this machine."""
+    start: Checkpoint | None = None
+    """Where a resumed run goes on."""
+    binding: Binding | None = None
+    """What its checkpoints are bound to; None in a dry run."""
     saved: Version | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     _located: LocatedBase | None = None
     _data: Audit | None = None
+    _audited_from: tuple[BaseSpec, DataSpec] | None = None
 
     def audit(self, base: BaseSpec, data: DataSpec) -> Audit:
         """Read, render, check and count the rows before anything else costs time."""
@@ -76,6 +87,8 @@ class Run:
         from peftkit.evaluation.preflight import preflight
         from peftkit.evaluation.spec import EvaluateSpec
 
+        if self._data is not None and self._audited_from == (base, data):
+            return self._data  # a budget asked for it before
         self._located = locate(base, self.cache, self.report)
         tokenizer = load_tokenizer(self._located.folder)
         limit = longest_sequence(read_config(self._located.folder))
@@ -83,53 +96,86 @@ class Run:
         evaluate = getattr(self.resolved.config, "evaluate", None)
         if isinstance(evaluate, EvaluateSpec):
             preflight(evaluate, self._data.held_out.rows, tokenizer)
+        self._audited_from = (base, data)
+        if self.folder is not None:
+            self.folder.write_json("audit.json", self._data.record())
+        if self.binding is not None:
+            self.binding.data(self._data)
         return self._data
+
+    def fit(self, budget: str) -> None:
+        """Change the settings until the run fits into so much memory of this machine, and never its effective batch.
+
+        Raises TrainingError when nothing fits, ConfigError for a recipe that cannot be planned or a wrong size.
+        """
+        from peftkit.base.ref import read_config
+        from peftkit.planning.architecture import architecture
+        from peftkit.recipe.ahead import lengths_of
+        from peftkit.recipe.fitting import fitted
+        from peftkit.recipe.groups import groups
+        from peftkit.recipe.target import this_machine
+
+        given = groups(self.resolved.config)
+        self.target = this_machine(given.quant, budget)
+        lengths = lengths_of(self.audit(given.base, given.data), given)
+        assert self._located is not None  # audit has found the base
+        shape = architecture(read_config(self._located.folder))
+        self.resolved = fitted(self.resolved, shape, lengths, self.target, self.report)
 
     def plan(
         self, base: BaseSpec, quant: QuantSpec, adapter: AdapterSpec, train: TrainSpec, init_from: str | None = None
     ) -> Tuned:
-        """Load the backbone, inject (or continue) the adapter, and say what training will take.
+        """Predict memory, time and disk, load the backbone, inject (or continue) the adapter, try the longest rows.
 
-        A dry run ends here.
+        A dry run ends here. Raises OutOfMemory for a plan that cannot fit, RunError for a disk without room.
         """
         from peftkit.backbone.load import load_backbone
-        from peftkit.backbone.quantize import footprint
+        from peftkit.recipe.ahead import Ahead
+        from peftkit.recipe.groups import groups_with
+        from peftkit.recipe.target import this_machine
         from peftkit.training.schedule import schedule
         from peftkit.tuning.attach import resume_adapter
         from peftkit.tuning.inject import inject
 
+        data = self._audited()
+        given = groups_with(self.resolved.config, base=base, quant=quant, adapter=adapter, train=train)
+        assert self._located is not None  # audit has found the base
+        ahead = Ahead(
+            given,
+            self._located,
+            data,
+            schedule(data.train.examples, train),
+            self.target or this_machine(quant),
+            self.folder,
+            self.registry.root,
+            self.report,
+        )
+        plan = ahead.plan()
         parent = self.registry.resolve(init_from) if init_from else None
         backbone: Backbone = load_backbone(base, quant, self.cache, report=self.report, located=self._located)
         if parent is not None:
             self.report(Note(f"continuing from {parent.reference}"))
-            sources = self.resolved.sources.items()
-            asked = [key.removeprefix("adapter.") for key, source in sources if source != "default"]
+            # The settings of a resumed run come from its folder, defaults included; they were agreed when it began.
+            sources = {} if self.start else self.resolved.sources
+            asked = [key.removeprefix("adapter.") for key, source in sources.items() if source != "default"]
             asked = [key for key in asked if key in type(adapter).model_fields]
             tuned = resume_adapter(
                 backbone, parent, adapter, asked=asked, other_base=self.other_base, report=self.report
             )
         else:
             tuned = inject(backbone, adapter, report=self.report)
-        steps = schedule(self._audited().train.examples, train)
-        weights = footprint(backbone.model)
-        optimizer_bytes = 8 * tuned.trainable_parameters
-        bits = f" ({weights.bits_per_linear_parameter:.3f} bits per weight)" if weights.linear_parameters else ""
-        rows: tuple[tuple[Any, ...], ...] = (
-            ("optimizer steps", f"{len(steps)} of {train.rows_per_step} rows"),
-            ("training tokens", number(steps.tokens)),
-            ("linear layers, quantized", size(weights.linear_bytes) + bits if bits else "none"),
-            ("other frozen weights", size(weights.other_bytes)),
-            ("adapter and gradients, float32", size(8 * tuned.trainable_parameters)),
-            ("optimizer states, at most", size(optimizer_bytes)),
-        )
-        self.report(Table("plan", ("", ""), rows))
+        if self.binding is not None:
+            self.binding.base(backbone)
+        if self.start is None and not launched().sharded:  # what FSDP would spread is still whole, and not in place
+            ahead.probe(tuned, plan)
         if self.folder is None:
             raise PlannedOnly
         return tuned
 
     def train(self, tuned: Tuned, spec: TrainSpec) -> Trained:
-        """Train the adapter; when interrupted, what was learned is kept in the run's folder."""
-        from peftkit.training.sft import train
+        """Train the adapter, or go on training it; checkpoints and what was learned are kept in the run's folder."""
+        from peftkit.training.checkpoint import Checkpoints
+        from peftkit.training.sft import Stopped, train
         from peftkit.tuning.inject import save_adapter
 
         folder = self._folder()
@@ -139,17 +185,21 @@ class Run:
                 self._audited().train.examples,
                 spec,
                 folder.path / "trainer",
+                held_out=self._audited().held_out.examples,
+                checkpoints=Checkpoints(folder.path / CHECKPOINTS, self.report) if launched().leads else None,
+                start=self.start,
+                bound_to=self.binding.values if self.binding else {},
                 report=self.report,
-                log=folder.log_metrics,
+                log=self._log,
             )
         except OutOfMemory:
             save_adapter(tuned, folder.path / UNPUBLISHED)  # the steps before this one are not lost
             raise
-        except KeyboardInterrupt:
-            kept = save_adapter(tuned, folder.path / "interrupted")
+        except (Stopped, KeyboardInterrupt) as stop:
+            kept = save_adapter(tuned, folder.path / INTERRUPTED)
+            what = str(stop) or "interrupted in the middle of a step"
             raise Interrupted(
-                "training was interrupted; the adapter as it was is a PEFT checkpoint in " + str(kept),
-                hint=f"start again with: peftkit train {self.recipe.name} …",
+                f"training was {what}; the adapter as it was is a PEFT checkpoint in {kept}", hint=how_to_resume(folder)
             ) from None
         save_adapter(tuned, folder.path / UNPUBLISHED)  # whatever happens while measuring, the training is not lost
         self.figures["training"] = {**asdict(trained), "tokens_per_second": trained.tokens_per_second}
@@ -159,26 +209,25 @@ class Run:
         return trained
 
     def evaluate(self, tuned: Tuned, spec: EvaluateSpec) -> Comparison:
-        """Measure the base and the adapter on the held-out rows and on general text."""
-        import torch
+        """Measure the base and the adapter on the held-out rows and on general text.
 
-        from peftkit.evaluation import held_out
+        Fewer rows at once are tried where the memory does not suffice. Raises OutOfMemory when one row is too much.
+        """
+        from peftkit.training.memory import is_out_of_memory, release
 
-        data, backbone = self._audited(), tuned.backbone
-        held = held_out.prepare(data.held_out, data.rendering, spec, backbone, self.report)
-        try:
-            comparison = held_out.compare(
-                held_out.Contestant("base", tuned.as_base),
-                held_out.Contestant("adapter", lambda: contextlib.nullcontext(tuned.model)),
-                held,
-                spec,
-                backbone,
-                train_rows=data.train.rows,
-                report=self.report,
-            )
-        except torch.OutOfMemoryError as error:
-            fact = f"the device ran out of memory while measuring {spec.batch_size} rows at once"
-            raise OutOfMemory(fact, hint="lower evaluate.batch_size") from error
+        while True:
+            try:
+                comparison = self._compared(tuned, spec)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                fact = f"the device ran out of memory while measuring {spec.batch_size} rows at once"
+                if spec.batch_size == 1:
+                    raise OutOfMemory(fact, hint="lower evaluate.max_new_tokens or data.max_length") from error
+            release(tuned.backbone.device)
+            spec = spec.model_copy(update={"batch_size": spec.batch_size // 2})
+            self.report(Warned(f"{fact}; it is measured again with {spec.batch_size}", "lower evaluate.batch_size"))
         report_comparison(comparison, self.report)
         self.figures["evaluation"] = comparison.figures()
         self._folder().write_json("samples.json", comparison.samples())
@@ -190,6 +239,7 @@ class Run:
 
     def publish(self, tuned: Tuned, comparison: Comparison, save_as: str | None = None) -> Version:
         """Keep the adapter in the registry with its base, data, settings and figures; rows stay in the run folder."""
+        from peftkit.training.parallel import team
         from peftkit.tuning.inject import save_adapter
 
         name, backbone, data = save_as or default_name(self.recipe), tuned.backbone, self._audited()
@@ -203,7 +253,7 @@ class Run:
             "recipe": {
                 "name": self.recipe.name,
                 "sha256": self.recipe.sha256,
-                "config": _without_paths(self.resolved.as_dict(), backbone.base),
+                "config": without_paths(self.resolved.as_dict(), backbone.base),
             },
             "run": self._folder().id,
             "data": records,
@@ -215,10 +265,34 @@ class Run:
         # A file name in another encoding must not cost the training that is already done.
         draft = Draft.model_validate(as_utf8(fields))
         payload = save_adapter(tuned, self._folder().path / UNPUBLISHED)
-        self.saved = (self.publish_to or self.registry).publish(name, payload, draft, base=backbone.identity.record)
+        if launched().leads:
+            target = self.publish_to or self.registry
+            self.saved = target.publish(name, payload, draft, base=backbone.identity.record)
+        self.saved = team().first(self.saved)
+        assert self.saved is not None  # the first process has published it
         shutil.rmtree(payload)
         self.report(Note(f"saved as {self.saved.reference} in {self.saved.path}"))
         return self.saved
+
+    def _compared(self, tuned: Tuned, spec: EvaluateSpec) -> Comparison:
+        from peftkit.evaluation import held_out
+
+        data, backbone = self._audited(), tuned.backbone
+        held = held_out.prepare(data.held_out, data.rendering, spec, backbone, self.report)
+        return held_out.compare(
+            held_out.Contestant("base", tuned.as_base),
+            held_out.Contestant("adapter", lambda: contextlib.nullcontext(tuned.model)),
+            held,
+            spec,
+            backbone,
+            train_rows=data.train.rows,
+            report=self.report,
+        )
+
+    def _log(self, step: int, figures: dict[str, float]) -> None:
+        folder = self._folder()
+        folder.log_metrics(step, figures)
+        folder.write_page()
 
     def _training(self) -> dict[str, Any]:
         return {"training": self.figures["training"]} if "training" in self.figures else {}
@@ -232,52 +306,3 @@ class Run:
         if self.folder is None:
             raise RunError("a dry run has no folder", expected="nothing after run.plan in a dry run")
         return self.folder
-
-
-def base_fields(backbone: Backbone) -> dict[str, Any]:
-    """What a manifest says about the base that an adapter was trained on."""
-    from peftkit.backbone.locate import license_of
-
-    return {
-        "source": backbone.base.portable,
-        "revision": backbone.base.revision,
-        "record": backbone.identity.id,
-        "fingerprint": backbone.identity.fingerprint,
-        "parts": backbone.identity.parts(),
-        "quantization": backbone.quantization_record(),
-        "license": license_of(backbone.base),
-    }
-
-
-def _without_paths(config: dict[str, Any], base: LocatedBase) -> dict[str, Any]:
-    """Settings as the registry keeps them: names without the folders of this machine, instructions as a digest."""
-    data, evaluate = dict(config.get("data") or {}), dict(config.get("evaluate") or {})
-    if isinstance(config.get("base"), dict):
-        config = {**config, "base": {**config["base"], "source": base.portable}}
-    for group, key in ((data, "train"), (data, "held_out"), (evaluate, "retention")):
-        if isinstance(group.get(key), str):
-            group[key] = Path(group[key]).name
-    if evaluate.get("instructions"):
-        evaluate["instructions"] = "sha256:" + hashlib.sha256(str(evaluate["instructions"]).encode()).hexdigest()
-    return {**config, **({"data": data} if data else {}), **({"evaluate": evaluate} if evaluate else {})}
-
-
-def report_comparison(comparison: Comparison, report: Report) -> None:
-    """Report a comparison the way every command shows it."""
-    from peftkit.evaluation.held_out import COLUMNS
-
-    report(Table("held-out rows", COLUMNS, tuple(comparison.rows())))
-    learned = comparison.learned
-    report(Note(f"answer NLL per token, adapter − base: {_shown(learned)}"))
-    forgotten = comparison.forgotten
-    if forgotten is not None:
-        report(Note(f"general text NLL per token, adapter − base: {_shown(forgotten)} (above 0: forgotten)"))
-    if comparison.spec.group_by and comparison.adapter.scores:
-        groups = tuple((name, n, f"{value:.2f}") for name, n, value in comparison.by_group(comparison.adapter))
-        report(Table(f"adapter by {comparison.spec.group_by}", (comparison.spec.group_by, "rows", "score"), groups))
-
-
-def _shown(change: Interval) -> str:
-    if not math.isfinite(change.low):
-        return f"{number(change.point)} (one row: no interval)"
-    return f"{interval(change.point, change.low, change.high)} (95 %)"

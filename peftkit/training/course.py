@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
+from peftkit.backbone.shard import part_like
 from peftkit.data.chat import Example
 from peftkit.events import Note, Warned
 from peftkit.generation.forward import autocast, row_nll
@@ -16,6 +17,7 @@ from peftkit.training import random_state
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.journal import Journal
 from peftkit.training.memory import checkpoint_activations, is_out_of_memory, release
+from peftkit.training.parallel import gathered, spread
 from peftkit.training.stop import StopRequest
 from peftkit.training.trainer import StepTrainer
 
@@ -42,8 +44,11 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self.bound_to = bound_to
         self.stop = stop
         self.ended_early = False
+        self.stopped = False
+        """Whether a signal to any of the processes ended the run before its last step."""
         self._start: Checkpoint | None = None
         self._random: dict[str, Any] | None = None
+        self._team = trainer.team
         total = len(trainer.plan)
         self._save_every = trainer.spec.save_steps or max(1, -(-total // _PER_RUN))
 
@@ -55,6 +60,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
     def go_on_from(self, start: Checkpoint) -> None:
         """Take adapter and figures from a checkpoint; optimizer and schedule follow when the trainer has made them."""
         self.trainer.journal = Journal(**start.state["journal"])
+        self.trainer.watchdog.restore(self.journal.watchdog)
         self._set_adapter(start.state["adapter"])
         if self.journal.gradient_checkpointing and not self.trainer.spec.gradient_checkpointing:
             checkpoint_activations(self.trainer.tuned)
@@ -64,10 +70,14 @@ class Course(TrainerCallback):  # type: ignore[misc]
         """Set optimizer, schedule and position to those of the checkpoint."""
         state.global_step = self.journal.step
         if self._start is None:
+            if self._team.rank:  # or all processes would drop the same activations
+                set_seed(self.trainer.spec.seed + self._team.rank)
+                self._random = random_state.capture(self.trainer.tuned.backbone.device)
             return
-        self.trainer.optimizer.load_state_dict(self._start.state["optimizer"])
+        inner = self.trainer.optimizer.optimizer
+        inner.load_state_dict(spread(self._start.state["optimizer"], inner))
         self.trainer.lr_scheduler.load_state_dict(self._start.state["scheduler"])
-        self._random = self._start.state["random"]
+        self._random = self._start.state["random"][self._team.rank]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw from where the checkpoint drew; the loader's own draw at its start came after `on_train_begin`."""
@@ -84,7 +94,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
         patience = spec.early_stopping_patience
         if patience and self.journal.worse >= patience and step < total:
             self.ended_early = True
-        ends = self.stop.asked or self.ended_early or step == total
+        self.stopped = self._team.any(self.stop.asked) and step < total
+        ends = self.stopped or self.ended_early or step == total
         if ends or better or step % self._save_every == 0:
             self._keep()
         if ends:
@@ -93,9 +104,12 @@ class Course(TrainerCallback):  # type: ignore[misc]
     def take_best(self) -> None:
         """Go back to the adapter that was measured best, if that is not the last one."""
         best, journal = self.journal.best_step, self.journal
-        if self.checkpoints is None or best is None or best == journal.step:
+        if best is None or best == journal.step:
             return
-        self._set_adapter(self.checkpoints.load(best).state["adapter"])
+        kept = self._team.first(self.checkpoints.load(best).state["adapter"] if self.checkpoints else None)
+        if kept is None:  # nothing is kept in this run
+            return
+        self._set_adapter(kept)
         self.trainer.report(
             Note(f"the adapter is that of step {best}, where the held-out NLL was {journal.best_nll:.4f}")
         )
@@ -103,9 +117,11 @@ class Course(TrainerCallback):  # type: ignore[misc]
     def _measure(self) -> bool:
         """Measure the held-out rows; whether the adapter is the best so far."""
         trainer, backbone = self.trainer, self.trainer.tuned.backbone
-        nll = self._held_out_nll()
+        nll = self._team.first(self._held_out_nll())  # one device's rounding must decide for all
         trainer.log_step(self.journal.step, {"held_out_nll": nll})
         better = self.journal.measured(nll)
+        if trainer.spec.early_stopping_patience is None:
+            trainer.watch(self.journal.step, {"held_out_nll": nll})
         against = (
             "the best so far" if better else f"best {self.journal.best_nll:.4f} after step {self.journal.best_step}"
         )
@@ -129,17 +145,18 @@ class Course(TrainerCallback):  # type: ignore[misc]
                     )
                 return sum(sums) / sum(row.answer_tokens for row in self.held_out)
             except (RuntimeError, MemoryError) as error:
-                if size == 1 or not is_out_of_memory(error):
+                if size == 1 or not is_out_of_memory(error) or self._team.sharded:
                     raise
             release(backbone.device)
             size //= 2
 
     def _keep(self) -> None:
         """Write a checkpoint; a full disk costs this checkpoint, never the run."""
+        state = self._state()  # all processes have a part in it, and the first one writes
         if self.checkpoints is None:
             return
         try:
-            self.checkpoints.write(self.journal.step, self._state())
+            self.checkpoints.write(self.journal.step, state)
             self.checkpoints.retain(self.trainer.spec.save_total_limit, self.journal.best_step)
         except OSError as error:
             kept = self.checkpoints.steps()
@@ -149,16 +166,17 @@ class Course(TrainerCallback):  # type: ignore[misc]
 
     def _state(self) -> dict[str, Any]:
         trainer = self.trainer
+        self.journal.watchdog = trainer.watchdog.state()
         return {
             "bound_to": self.bound_to,
             "journal": self.journal.as_state(),
-            "adapter": {name: parameter.detach() for name, parameter in trainer.tuned.trainable.items()},
-            "optimizer": trainer.optimizer.state_dict(),
+            "adapter": gathered(trainer.tuned.trainable),
+            "optimizer": gathered(trainer.optimizer.state_dict()),
             "scheduler": trainer.lr_scheduler.state_dict(),
-            "random": random_state.capture(trainer.tuned.backbone.device),
+            "random": self._team.gather(random_state.capture(trainer.tuned.backbone.device)),
         }
 
     def _set_adapter(self, values: Mapping[str, torch.Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.trainer.tuned.trainable.items():
-                parameter.copy_(values[name])
+                parameter.copy_(part_like(values[name], parameter))

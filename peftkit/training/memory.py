@@ -23,17 +23,22 @@ def within_memory(step: Step, journal: Journal, tuned: Tuned, report: Report) ->
     the loss changes by rounding alone; with dropout, the draw is another one. Raises OutOfMemory when one row at a
     time with checkpointing is still too much.
     """
-    attempt = step.run
     while True:
+        ran_out, total = False, 0.0
         try:
-            return attempt(journal.micro_batch)
+            total = step.gradients(journal.micro_batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            ran_out = True
+        if ran_out and step.team.sharded:
+            raise _beyond_repeating(step, journal)
+        if not step.team.any(ran_out):  # all processes repeat a step, or none does
+            return step.finish(total, journal.micro_batch)
         # Only here are the failed attempt's activations free: the traceback in `error` held their frames.
         release(tuned.backbone.device)
         _concede(step, journal, tuned, report)
-        attempt = step.repeat
+        step.rewind()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,8 +60,18 @@ def checkpoint_activations(tuned: Tuned) -> None:
     base.enable_input_require_grads()
 
 
+def _beyond_repeating(step: Step, journal: Journal) -> OutOfMemory:
+    return OutOfMemory(
+        f"process {step.team.rank} of {step.team.size} ran out of memory in step {journal.step + 1}; under FSDP the "
+        "others wait for its part of the weights by then, so the step cannot be repeated in smaller pieces",
+        expected="room for the step",
+        hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps, set "
+        "train.gradient_checkpointing=true, and go on with --resume",
+    )
+
+
 def _concede(step: Step, journal: Journal, tuned: Tuned, report: Report) -> None:
-    tried = min(journal.micro_batch, len(step.rows))
+    tried = min(journal.micro_batch, step.widest)
     longest = max(len(row.input_ids) for row in step.rows)
     rows = f"{tried} rows at once, the longest of" if tried > 1 else "one row of"
     fact = f"out of memory in step {journal.step + 1} with {rows} {longest:,} tokens"

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from peftkit.backbone.quiet import quiet
+from peftkit.backbone.shard import shard, whole
 from peftkit.data.chat import Example
 from peftkit.errors import TrainingError
 from peftkit.events import Note, Phase, Report, silent
+from peftkit.training.bound import rows_digest
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.course import Course
 from peftkit.training.memory import peak_bytes, reset_peak
+from peftkit.training.parallel import Team, digest, team
 from peftkit.training.schedule import schedule
 from peftkit.training.spec import TrainSpec
 from peftkit.training.stop import StopRequest
@@ -35,7 +38,7 @@ class Trained:
     first_loss: float
     last_loss: float
     peak_bytes: int
-    """Of this process or device, since it began."""
+    """Of the process or device that used most, since it began."""
     best_step: int | None
     """The step with the best held-out likelihood, where that was measured."""
 
@@ -75,7 +78,12 @@ def train(
     plan = schedule(examples, spec)
     base = tuned.model.get_base_model()
     configs = [(c, dict(vars(c))) for c in (base.config, base.config.get_text_config(), base.generation_config)]
-    trainer = StepTrainer(tuned, examples, plan, spec, folder, report, log)
+    together = team()
+    _check_team(together, spec)
+    together.agree({"rows": rows_digest(examples), "adapter at the start": digest(tuned.trainable)})
+    trainer = StepTrainer(tuned, examples, plan, spec, folder, report, log, together)
+    if together.sharded:
+        shard(tuned.model, tuned.backbone.device, together.size, reshard=together.group.reshard)
     try:
         with StopRequest(report) as stop:
             course = Course(trainer, held_out=held_out, checkpoints=checkpoints, bound_to=bound_to or {}, stop=stop)
@@ -89,7 +97,7 @@ def train(
                 with quiet():
                     trainer.train()
         journal = trainer.journal
-        if stop.asked and journal.step < len(plan):
+        if course.stopped:
             raise Stopped(
                 journal.step, len(plan), checkpoints.steps()[-1] if checkpoints and checkpoints.steps() else None
             )
@@ -107,6 +115,7 @@ def train(
             base.disable_input_require_grads()
         tuned.model.eval()
     _check_finite(tuned)
+    together.agree({"trained adapter": digest(tuned.trainable)})
     assert journal.first_loss is not None  # a schedule has at least one step
     assert journal.last_loss is not None
     return Trained(
@@ -116,7 +125,7 @@ def train(
         seconds=journal.seconds,
         first_loss=journal.first_loss,
         last_loss=journal.last_loss,
-        peak_bytes=peak_bytes(tuned.backbone.device),
+        peak_bytes=int(together.most(peak_bytes(tuned.backbone.device))),
         best_step=journal.best_step,
     )
 
@@ -144,6 +153,27 @@ def _check(tuned: Tuned, spec: TrainSpec, held_out: Sequence[Example]) -> None:
         raise TrainingError("train.eval_steps is set, and there are no held-out rows", expected="rows to measure on")
 
 
+def _check_team(team: Team, spec: TrainSpec) -> None:
+    if spec.rows_per_step < team.size:
+        raise TrainingError(
+            f"a step has {spec.rows_per_step} rows, and there are {team.size} processes to share them",
+            expected="at least one row for each",
+            hint="raise train.gradient_accumulation_steps, or start fewer processes",
+        )
+    if team.sharded and spec.optim in ("paged_adamw_8bit", "adamw_8bit"):
+        raise TrainingError(
+            f"train.optim={spec.optim} keeps its states in blocks that FSDP cannot spread over processes",
+            expected="auto, adamw_torch, adamw_torch_fused or sgd",
+            hint="remove train.optim",
+        )
+    if team.sharded and spec.activation_offloading:
+        raise TrainingError(
+            "train.activation_offloading does not go with FSDP",
+            expected="train.gradient_checkpointing=true to save memory",
+            hint="remove train.activation_offloading",
+        )
+
+
 def _check_position(done: int, total: int) -> None:
     if done > total:
         raise TrainingError(
@@ -155,7 +185,8 @@ def _check_position(done: int, total: int) -> None:
 
 def _check_finite(tuned: Tuned) -> None:
     """The last loss was taken before the last update, and attention on a CPU turns NaN into 0 without a word."""
-    spoilt = [name for name, parameter in tuned.trainable.items() if not torch.isfinite(parameter).all()]
+    values = {name: whole(parameter.detach()) for name, parameter in tuned.trainable.items()}
+    spoilt = [name for name, value in values.items() if not torch.isfinite(value).all()]
     if spoilt:
         raise TrainingError(
             f"{len(spoilt)} of {len(tuned.trainable)} trained tensors hold NaN or infinite numbers, first {spoilt[0]}",

@@ -2,7 +2,7 @@
 
 The loss of a step is the summed NLL of all its answer tokens over their number, however the rows are split. A mean of
 micro-batch means would weigh short answers more (transformers and Unsloth, October 2024): 8 tokens at 2.0 and 120 at
-1.0 are 1.0625, not 1.5.
+1.0 are 1.0625, not 1.5. A mean over processes would do the same, so each divides by the tokens of all.
 """
 
 from __future__ import annotations
@@ -17,22 +17,28 @@ import torch
 from peftkit.data.chat import IGNORED
 from peftkit.errors import TrainingError
 from peftkit.generation.forward import Labelled, by_length, pad, token_nll
+from peftkit.process_group import ProcessGroup
 from peftkit.training import random_state
+from peftkit.training.parallel import Team
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did."""
+    """What one step did, all processes together."""
 
     loss: float
     """Mean NLL of the step's answer tokens in nats."""
     answer_tokens: int
     tokens: int
     micro_batches: int
+    """Of the process that had most of them."""
 
 
 class Step:
-    """The gradients of one optimizer step over `rows`; `run` adds them, `repeat` starts over with the same draws."""
+    """The gradients of one optimizer step over `rows`; `run` adds them, `repeat` starts over with the same draws.
+
+    In a team, `rows` are those of the whole step, and each process runs its share; `finish` brings them together.
+    """
 
     def __init__(
         self,
@@ -43,9 +49,16 @@ class Step:
         device: torch.device,
         backward: Callable[[torch.Tensor], None] | None = None,
         forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        team: Team | None = None,
     ) -> None:
         self.model = model
         self.rows = rows
+        self.team = team or Team(ProcessGroup())
+        self._shares = self.team.shares([len(row.input_ids) for row in rows])
+        self.share = [rows[index] for index in self._shares[self.team.rank]]
+        """The rows of this process."""
+        self.widest = max(len(share) for share in self._shares)
+        """The most rows that a process has."""
         self.pad_id = pad_id
         self.device = device
         self.forward = forward
@@ -56,19 +69,41 @@ class Step:
             raise TrainingError("a step has no answer token, so it has no loss", expected="labels in every step")
 
     def run(self, micro_batch_size: int) -> StepResult:
-        """Accumulate the step's gradients with at most `micro_batch_size` rows alive at once.
+        """The step's gradients and figures, with at most `micro_batch_size` rows alive at once.
 
         Raises TrainingError when the loss is NaN or infinite.
         """
+        return self.finish(self.gradients(micro_batch_size), micro_batch_size)
+
+    def gradients(self, micro_batch_size: int) -> float:
+        """Accumulate the gradients of this process's rows, at most `micro_batch_size` of them alive at once.
+
+        Returns their summed NLL in nats. Under FSDP every pass gathers the weights from all processes, so a process
+        that is done sooner goes on with passes that count nothing.
+        """
         total = 0.0
-        batches = by_length(self.rows, micro_batch_size)
-        for indices in batches:
-            batch = pad([self.rows[i] for i in indices], self.pad_id, self.device)
-            with self.forward():  # autocast belongs around the forward pass alone
-                nll = token_nll(self.model, batch).sum()
+        batches = [[self.share[i] for i in indices] for indices in by_length(self.share, micro_batch_size)]
+        for rows in batches:
+            nll = self._nll(rows)
             total += float(nll.detach())
-            self.backward(nll / self.answer_tokens)
-        loss = total / self.answer_tokens
+            self.backward(nll * self.team.weight / self.answer_tokens)
+            del nll  # its graph holds what int8 layers keep on `ctx`, through the next forward pass: 8 % of the peak
+        if self.team.sharded:
+            shortest = min((row for row in self.rows), key=lambda row: len(row.input_ids))
+            for _ in range(self.micro_batches(micro_batch_size) - len(batches)):
+                self.backward(self._nll([shortest]) * 0.0)
+        return total
+
+    def micro_batches(self, micro_batch_size: int) -> int:
+        """Passes of the process that has most rows."""
+        return -(-self.widest // micro_batch_size)
+
+    def finish(self, total: float, micro_batch_size: int) -> StepResult:
+        """Bring together what all processes found: the gradients of the whole step, and its figures.
+
+        `total` is this process's summed NLL. Raises TrainingError, on all processes, when the loss is NaN or infinite.
+        """
+        loss = self.team.total(total) / self.answer_tokens
         if not torch.isfinite(torch.tensor(loss)):
             places = ", ".join(sorted({str(getattr(row, "where", "?")) for row in self.rows})[:4])
             raise TrainingError(
@@ -76,11 +111,22 @@ class Step:
                 expected="a finite number",
                 hint="lower train.learning_rate, or look at these rows with `peftkit data preview`",
             )
-        return StepResult(loss, self.answer_tokens, sum(len(row.input_ids) for row in self.rows), len(batches))
+        self.team.add_gradients(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        tokens = sum(len(row.input_ids) for row in self.rows)
+        return StepResult(loss, self.answer_tokens, tokens, self.micro_batches(micro_batch_size))
 
     def repeat(self, micro_batch_size: int) -> StepResult:
         """Throw the step's gradients away and run it again from its saved random state, split as asked."""
+        self.rewind()
+        return self.run(micro_batch_size)
+
+    def rewind(self) -> None:
+        """Throw the step's gradients away and go back to its saved random state."""
         for parameter in self.model.parameters():
             parameter.grad = None
         random_state.restore(self._random, self.device)
-        return self.run(micro_batch_size)
+
+    def _nll(self, rows: Sequence[Labelled]) -> torch.Tensor:
+        batch = pad(rows, self.pad_id, self.device)
+        with self.forward():  # autocast belongs around the forward pass alone
+            return token_nll(self.model, batch).sum()

@@ -24,16 +24,19 @@ from trl import SFTConfig, SFTTrainer
 
 from peftkit.backbone.decide import optimizer
 from peftkit.backbone.quiet import quiet
+from peftkit.backbone.shard import whole
 from peftkit.data.chat import Example
 from peftkit.data.rows import to_dataset
 from peftkit.errors import TrainingError
-from peftkit.events import Decision, Progress, Report
+from peftkit.events import Decision, Progress, Report, Warned
 from peftkit.generation.forward import autocast
 from peftkit.training.journal import Journal
 from peftkit.training.memory import peak_bytes, within_memory
+from peftkit.training.parallel import Team
 from peftkit.training.schedule import Schedule
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step, StepResult
+from peftkit.training.watchdog import Watchdog
 from peftkit.tuning.inject import Tuned
 
 Log = Callable[[int, dict[str, float]], None]
@@ -51,14 +54,19 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         folder: Path,
         report: Report,
         log: Log,
+        team: Team,
     ) -> None:
         backbone = tuned.backbone
-        optim = optimizer(backbone.device, backbone.quant.bits in (4, 8)) if spec.optim == "auto" else None
+        self.team = team
+        optim = None
+        if spec.optim == "auto":
+            optim = optimizer(backbone.device, backbone.quant.bits in (4, 8), sharded=team.sharded)
         decision = optim or Decision("optimizer", spec.optim, "asked for")
         report(decision)
         self.examples, self.plan, self.spec, self.tuned = examples, plan, spec, tuned
         self.report, self.log_step = report, log
         self.journal = Journal(spec.per_device_train_batch_size, spec.gradient_checkpointing)
+        self.watchdog = Watchdog(len(plan), warmup_steps=warmup_steps(spec, len(plan)))
         self.result: StepResult | None = None
         """What the step in progress did; the journal has it once the optimizer has used it."""
         base = tuned.model.get_base_model()
@@ -81,6 +89,8 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         finally:
             _restore(tuned, values, base, own_forward)
         self.remove_callback(PrinterCallback)
+        # Upstream's word for a model whose placement and gradients are somebody else's concern: it is not wrapped.
+        self.is_distributed_loading_by_transformers = team.size > 1
         self.step_began = time.perf_counter()
 
     def _send_telemetry(self) -> None:
@@ -88,6 +98,9 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: the registry's manifest says what the adapter is."""
+
+    def _sync_replicated_trainable_parameters(self, model: Any) -> None:
+        """Upstream would take the mean of gradients in every backward pass; `Step.finish` sums them once."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The rows of the steps that are left, one step an item, in the order of the schedule."""
@@ -105,6 +118,7 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             device=backbone.device,
             backward=self.accelerator.backward,
             forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
+            team=self.team,
         )
         with self.maybe_activation_offload_context:
             self.result = within_memory(step, self.journal, self.tuned, self.report)
@@ -112,7 +126,7 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Upstream calls this once between the gradients' clipping and the optimizer's step."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         value = float(norm)
         if not math.isfinite(value):
             raise TrainingError(
@@ -136,10 +150,27 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             "answer_tokens": float(self.result.answer_tokens),
             "tokens_per_s": self.result.tokens / max(seconds, 1e-9),
             "micro_batches": float(self.result.micro_batches),
-            "peak_gb": peak_bytes(self.tuned.backbone.device) / 1e9,
+            "peak_gb": self.team.most(peak_bytes(self.tuned.backbone.device)) / 1e9,
         }
         self.log_step(done, figures)
         self.report(Progress(done, figures))
+        self.watch(done, figures)
+
+    def watch(self, step: int, figures: dict[str, float]) -> None:
+        """Show figures to the watchdog; raises TrainingError when it says that the run must stop."""
+        for alarm in self.watchdog.observe(step, figures):
+            if alarm.action == "stop":
+                raise TrainingError(f"step {step}: {alarm.fact}", expected=alarm.expected, hint=alarm.hint)
+            self.report(Warned(f"step {step}: {alarm.fact}; expected {alarm.expected}", alarm.hint))
+
+
+class _Arguments(SFTConfig):  # type: ignore[misc]
+    """TRL's settings for a model that is where it belongs: Trainer would put a sharded one on a GPU whole."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Never."""
+        return False
 
 
 class _Steps(torch.utils.data.Dataset[tuple[int, ...]]):  # type: ignore[misc]
@@ -163,7 +194,7 @@ def warmup_steps(spec: TrainSpec, steps: int) -> int:
 
 def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, optim: str) -> SFTConfig:
     """TRL's settings, with everything explicit that TRL or transformers would otherwise choose."""
-    arguments = SFTConfig(
+    arguments = _Arguments(
         output_dir=str(folder),
         max_steps=len(plan),
         per_device_train_batch_size=spec.rows_per_step,  # the loader yields a step; training/step splits it

@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peftkit.backbone.load import Backbone
+from peftkit.backbone.shard import whole
 from peftkit.errors import TuningError
 from peftkit.events import Decision, Report, silent
 from peftkit.tuning.fit import check_bare
@@ -94,10 +95,11 @@ def save_adapter(tuned: Tuned, folder: Path) -> Path:
     """Write the adapter as a PEFT checkpoint: adapter_config.json and adapter_model.safetensors, nothing else.
 
     The base's name replaces the path of this machine, and embeddings are never added: PEFT's "auto" would ask the Hub
-    whether the vocabulary changed.
+    whether the vocabulary changed. Under FSDP, all processes must call this together.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tuned.model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    values = {name: whole(parameter.detach()) for name, parameter in tuned.trainable.items()}  # under FSDP, parts
+    tuned.model.save_pretrained(str(folder), state_dict=values, safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

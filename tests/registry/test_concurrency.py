@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from peftkit import durable
 from peftkit.base.record import BaseRecord, TensorDigest
 from peftkit.errors import AdapterNotFound
-from peftkit.registry import Draft, Registry, aliases, bases, check, check_root, collect, durable
+from peftkit.registry import Draft, Registry, aliases, bases, check, check_root, collect
 
 FORK = multiprocessing.get_context("fork")
 ROUNDS = 6

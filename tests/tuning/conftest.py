@@ -37,7 +37,7 @@ def registry(tmp_path: Path) -> Any:
 
 
 def _draft(tuned: Any) -> dict[str, Any]:
-    from peftkit.recipe.run import base_fields
+    from peftkit.recipe.fields import base_fields
 
     base = base_fields(tuned.backbone)
     return {"kind": "peft", "base": base, "adapter": tuned.spec.model_dump(), "parents": list(tuned.parents)}

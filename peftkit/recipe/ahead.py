@@ -1,0 +1,152 @@
+"""What is said and checked before the first step: the plan before the weights are loaded, the probe after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftkit import locations
+from peftkit.base.ref import LocatedBase, read_config
+from peftkit.errors import BaseError
+from peftkit.events import Note, Report, Table, Warned
+from peftkit.planning.architecture import Architecture, architecture
+from peftkit.recipe.forecast import Forecast, forecast
+from peftkit.recipe.groups import Groups
+from peftkit.recipe.lengths import Lengths
+from peftkit.recipe.target import Target
+from peftkit.render import duration, number, size
+from peftkit.runs import RunFolder
+
+if TYPE_CHECKING:
+    from peftkit.data.audit import Audit
+    from peftkit.training.probe import Piece, Probe
+    from peftkit.training.schedule import Schedule
+    from peftkit.tuning.inject import Tuned
+
+_WEIGHTS = ("linear layers", "quantization constants", "embeddings", "head", "norms and biases")
+
+
+def shape_of(located: LocatedBase) -> Architecture | None:
+    """A base's architecture from its config; None where it is none that a plan knows."""
+    try:
+        return architecture(read_config(located.folder))
+    except BaseError:
+        return None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A run before its first step."""
+
+    given: Groups
+    located: LocatedBase
+    data: Audit
+    steps: Schedule
+    target: Target
+    folder: RunFolder | None
+    registry: Path
+    report: Report
+
+    def plan(self) -> Forecast | None:
+        """Plan the run, say how it stands to memory and disk, and keep the plan as plan.json.
+
+        Raises OutOfMemory when it cannot fit, RunError when a disk has no room for what the run will write. A base
+        whose architecture no plan knows is trained without one.
+        """
+        shape = shape_of(self.located)
+        if shape is None:
+            self.report(Warned("no plan of memory and time: this base's architecture is not one that peftkit can plan"))
+            return None
+        found = forecast(shape, self.given, lengths_of(self.data, self.given), self.target)
+        found.tell(self.report)
+        if self.folder is not None:
+            self.folder.write_json("plan.json", found.as_record())
+        found.check_memory(self.report)
+        runs = self.folder.path if self.folder else locations.runs_root().path
+        found.check_disk({"runs": runs, "registry": self.registry})
+        return found
+
+    def probe(self, tuned: Tuned, plan: Forecast | None) -> None:
+        """Try the longest rows; say what they took against the plan, and how long the run will be."""
+        found = self._tried(tuned)
+        if found is None:
+            return
+        lines = _against(found, plan, tuned)
+        self.report(Table("the longest rows, tried once", ("", "predicted", "measured"), tuple(map(_shown, lines))))
+        times = _times(found, self.given, self.data, self.steps)
+        total, training, measuring = (duration(t) for t in (sum(times.values()), times["training"], times["measuring"]))
+        self.report(Note(f"the run will take about {total}: training {training}, measuring at most {measuring}"))
+        if self.folder is not None:
+            names = ("what", "predicted", "measured", "unit")
+            records = [dict(zip(names, line, strict=True)) for line in lines]
+            self.folder.write_json("probe.json", {"rows": records, "seconds": times, **found.as_record()})
+
+    def _tried(self, tuned: Tuned) -> Probe | None:
+        from peftkit.training.memory import is_out_of_memory
+        from peftkit.training.probe import probe
+
+        rows, evaluate = (self.data.train.examples, self.data.held_out.examples), self.given.evaluate
+        options: dict[str, Any] = {"evaluation_batch": evaluate.batch_size, "answers": evaluate.max_generated_rows > 0}
+        try:
+            return probe(tuned, *rows, self.given.train, **options)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        asked = f"{self.given.train.per_device_train_batch_size} training or {evaluate.batch_size} held-out rows"
+        self.report(Warned(f"the longest {asked} at once do not fit into memory", "find settings that fit: --budget"))
+        return None
+
+
+def lengths_of(data: Audit, given: Groups) -> Lengths:
+    """Lengths of a run's rows."""
+    return Lengths.of(data.train.examples, data.held_out.examples, given.train.rows_per_step)
+
+
+def _against(found: Probe, plan: Forecast | None, tuned: Tuned) -> list[tuple[str, float | None, float, str]]:
+    """What was predicted and what was measured, with the unit."""
+    from peftkit.backbone.quantize import footprint
+
+    weights = footprint(tuned.backbone.model)
+    evaluated = [piece.peak_bytes for piece in (found.likelihood, found.answers) if piece]
+    step_bytes = measured_bytes = weight_bytes = rate = None
+    if plan is not None:
+        memory = plan.memory
+        weight_bytes = sum(part.bytes.expected for part in memory.parts if part.name in _WEIGHTS)
+        # The allocator does not see CUDA's context, and the probe updates nothing, so has no optimizer states.
+        around = memory.part("context").bytes.expected if plan.target.device == "cuda" else 0
+        step_bytes = memory.stage("train").bytes.expected - memory.part("optimizer").bytes.expected - around
+        measured_bytes = memory.stage("evaluate").bytes.expected - around
+        if plan.time is not None:
+            rate = plan.setting.rows_per_step * plan.lengths.mean / plan.time.step.expected
+    rows: list[tuple[str, float | None, float, str]] = [
+        ("weights", weight_bytes, weights.linear_bytes + weights.other_bytes, "bytes"),
+        ("memory of a step", step_bytes, found.step.peak_bytes, "bytes"),
+        ("training tokens/s", rate, found.step.tokens_per_second, "tokens/s"),
+    ]
+    if evaluated:
+        rows.insert(2, ("memory of measuring", measured_bytes, max(evaluated), "bytes"))
+    return rows
+
+
+def _shown(row: tuple[str, float | None, float, str]) -> tuple[str, str, str]:
+    what, predicted, measured, unit = row
+    text = size if unit == "bytes" else number
+    return what, text(predicted), text(measured)
+
+
+def _times(found: Probe, given: Groups, data: Audit, steps: Schedule) -> dict[str, float]:
+    """Seconds of training, and at most of measuring, from what the longest rows took."""
+    evaluate = given.evaluate
+    contestants = 2 + bool(evaluate.instructions) + bool(evaluate.shots)
+    answers = min(evaluate.max_generated_rows, len(data.held_out.rows)) * evaluate.max_new_tokens
+    between = len(steps) // given.train.eval_steps if given.train.eval_steps else 0
+    return {
+        "training": _seconds(found.step, steps.tokens),
+        "measuring": _seconds(found.likelihood, data.held_out.tokens * (2 + between))
+        + _seconds(found.answers, answers * contestants),
+    }
+
+
+def _seconds(piece: Piece | None, tokens: Any) -> float:
+    return tokens / piece.tokens_per_second if piece else 0.0

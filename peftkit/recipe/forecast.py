@@ -1,0 +1,210 @@
+"""What a run will take, from its settings, its base's config and its rows' lengths: memory, time, disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peftkit.backbone.spec import compute_dtype
+from peftkit.errors import OutOfMemory, RunError
+from peftkit.events import Note, Report, Table, Warned
+from peftkit.planning.architecture import Architecture
+from peftkit.planning.disk import Disk, DiskPart, Place, check_free, disk_plan
+from peftkit.planning.memory import MemoryPlan, plan_memory
+from peftkit.planning.setting import Setting
+from peftkit.planning.time import TimePlan, Workload, plan_time
+from peftkit.recipe.groups import Groups
+from peftkit.recipe.lengths import Lengths
+from peftkit.recipe.target import Target
+from peftkit.render import duration, number, size
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The plan of one run on one target."""
+
+    setting: Setting
+    lengths: Lengths
+    target: Target
+    memory: MemoryPlan
+    time: TimePlan | None
+    steps: int | None
+    disk: tuple[DiskPart, ...]
+
+    def as_record(self) -> dict[str, Any]:
+        """As plain JSON values: what plan.json of a run holds."""
+        return {
+            "setting": asdict(self.setting),
+            "lengths": asdict(self.lengths),
+            **self.memory.as_record(),
+            "target": self.target.name,
+            "budget": self.target.bytes,
+            "steps": self.steps,
+            "time": asdict(self.time) if self.time else None,
+            "disk": [{"name": part.name, "bytes": part.bytes, "where": part.place} for part in self.disk],
+        }
+
+    def tell(self, report: Report) -> None:
+        """Report the plan as tables and notes."""
+        parts = [part for part in self.memory.parts if part.bytes.high]
+        rows = [(part.name, size(part.bytes.expected), _between(part.bytes), part.formula) for part in parts]
+        for stage in self.memory.stages:
+            most = "the most" if stage is self.memory.limit else ""
+            rows.append((f"peak: {stage.name}", size(stage.bytes.expected), _between(stage.bytes), most))
+        report(Table(f"memory on {self.target.name}", ("part", "expected", "low to high", "how"), tuple(rows)))
+        kept = [(part.name, size(part.bytes), f"{part.place}: {part.formula}") for part in self.disk]
+        report(Table("disk", ("files", "bytes", "where and how"), tuple(kept)))
+        setting = self.setting
+        at_once = f"{setting.micro_batch} at once, the longest of {number(setting.longest)} tokens"
+        steps = f"{number(self.steps)} steps" if self.steps else "steps"
+        report(Note(f"{steps} of {setting.rows_per_step} rows, {at_once}"))
+        if self.time is not None and self.steps:
+            report(Note(f"time, from the device's figures: {_span(self.time)}; the probe measures it"))
+
+    def check_memory(self, report: Report) -> None:
+        """Say how the plan stands to the memory there is; raises OutOfMemory when it cannot fit."""
+        limit, room = self.memory.limit, self.target.bytes
+        if room is None:
+            return
+        peak = limit.bytes
+        need = f"{size(peak.expected)} ({_between(peak)}) to {limit.name}"
+        fact = f"the plan needs {need}, and {self.target.name} has {size(room)}"
+        hint = f"let peftkit find a setting that fits: --budget {_as_flag(room)}"
+        if peak.low > room:
+            raise OutOfMemory(fact, expected="a plan that fits", hint=hint)
+        if peak.high > room:
+            report(Warned(f"{fact}: it may run out of memory", hint))
+        else:
+            report(Note(f"{fact}: it fits"))
+
+    def check_disk(self, places: Mapping[Place, Path]) -> None:
+        """Raise RunError when a disk has no room for what the run will write."""
+        problems = check_free(self.disk, {place: _disk(path) for place, path in places.items()})
+        if problems:
+            raise RunError(
+                "; ".join(problems),
+                expected="room for all of it before the first step",
+                hint="free some space (peftkit runs gc, peftkit gc), lower train.save_total_limit, or set --runs and "
+                "--registry to another disk",
+            )
+
+
+def forecast(
+    architecture: Architecture, given: Groups, lengths: Lengths, target: Target, *, base_present: bool = True
+) -> Forecast:
+    """Plan memory, time and disk of a run. Raises BaseError when target_modules fit no layer."""
+    setting = setting_of(given, lengths, target)
+    steps = _steps(given, lengths)
+    return Forecast(
+        setting,
+        lengths,
+        target,
+        plan_memory(architecture, setting),
+        plan_time(architecture, setting, target.machine, _workload(given, lengths, steps)) if target.machine else None,
+        steps,
+        disk_plan(
+            architecture,
+            setting,
+            base_present=base_present,
+            save_total_limit=given.train.save_total_limit,
+            keeps_best=given.train.eval_steps is not None,
+        ),
+    )
+
+
+def setting_of(given: Groups, lengths: Lengths, target: Target) -> Setting:
+    """A recipe's settings on a target, as the plan takes them."""
+    quant, train, adapter = given.quant, given.train, given.adapter
+    compute = quant.compute_dtype
+    if compute == "auto":
+        compute = compute_dtype(quant.bits, target.capability)[0]
+    plain = compute if quant.dtype == "auto" else quant.dtype
+    modules = adapter.target_modules
+    return Setting(
+        bits=quant.bits,
+        double_quant=quant.double_quant,
+        compute_dtype=compute,
+        dtype="float32" if quant.bits == 32 else plain,
+        attention="sdpa" if quant.attention == "auto" else quant.attention,
+        method=adapter.method,
+        r=adapter.r,
+        lora_dropout=adapter.lora_dropout,
+        target_modules="all-linear" if modules == "all-linear" else tuple(modules),
+        rows_per_step=train.rows_per_step,
+        micro_batch=train.per_device_train_batch_size,
+        gradient_checkpointing=train.gradient_checkpointing,
+        activation_offloading=train.activation_offloading,
+        optim=target.optimizer(quant.bits) if train.optim == "auto" else train.optim,  # type: ignore[arg-type]
+        longest=lengths.longest,
+        labelled=min(lengths.labelled, lengths.longest),
+        evaluation_batch=given.evaluate.batch_size,
+        evaluation_longest=lengths.held_out_longest,
+        max_new_tokens=given.evaluate.max_new_tokens if given.evaluate.max_generated_rows else 0,
+        device=target.device,
+    )
+
+
+def changes(given: Groups, before: Setting, after: Setting) -> dict[str, Any]:
+    """The recipe's settings that make `before` into `after`, by dotted key; the effective batch stays."""
+    train, quant, evaluate, data = (given.names[group] for group in ("train", "quant", "evaluate", "data"))
+    values: dict[str, Any] = {}
+    if after.micro_batch != before.micro_batch:
+        values[f"{train}.per_device_train_batch_size"] = after.micro_batch
+        values[f"{train}.gradient_accumulation_steps"] = after.rows_per_step // after.micro_batch
+    for name, key in (
+        ("gradient_checkpointing", train),
+        ("activation_offloading", train),
+        ("optim", train),
+        ("bits", quant),
+    ):
+        if getattr(after, name) != getattr(before, name):
+            values[f"{key}.{name}"] = getattr(after, name)
+    if after.evaluation_batch != before.evaluation_batch:
+        values[f"{evaluate}.batch_size"] = after.evaluation_batch
+    if after.longest != before.longest:
+        values |= {f"{data}.max_length": after.longest, f"{data}.too_long": "truncate"}
+    return values
+
+
+def _steps(given: Groups, lengths: Lengths) -> int | None:
+    train = given.train
+    if lengths.rows is None:
+        return train.max_steps
+    rows = max(1, round(lengths.rows * train.num_train_epochs))
+    steps = train.max_steps or -(-rows // train.rows_per_step)
+    if train.max_tokens:
+        steps = min(steps, max(1, int(train.max_tokens / (lengths.mean * train.rows_per_step))))
+    return steps
+
+
+def _workload(given: Groups, lengths: Lengths, steps: int | None) -> Workload:
+    evaluate = given.evaluate
+    between = (steps or 0) // given.train.eval_steps if given.train.eval_steps else 0
+    baselines = 2 + bool(evaluate.instructions) + bool(evaluate.shots)
+    answers = min(evaluate.max_generated_rows, lengths.held_out_rows)
+    return Workload(
+        steps or 0, lengths.mean, baselines + between, lengths.held_out_rows, lengths.held_out_mean, answers
+    )
+
+
+def _between(range_: Any) -> str:
+    return f"{size(range_.low)} to {size(range_.high)}"
+
+
+def _span(time: TimePlan) -> str:
+    total = time.total
+    return f"about {duration(total.expected)} ({duration(total.low)} to {duration(total.high)})"
+
+
+def _as_flag(count: int) -> str:
+    return f"{count / 1e9:.1f}GB"
+
+
+def _disk(path: Path) -> Disk:
+    there = path.absolute()
+    while not there.exists():
+        there = there.parent
+    return Disk(there.stat().st_dev, shutil.disk_usage(there).free)

@@ -1,0 +1,55 @@
+"""The groups of settings that a recipe has, found by their type: a user's recipe may name its fields as it likes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from peftkit.backbone.spec import QuantSpec
+from peftkit.base.ref import BaseSpec
+from peftkit.config import Spec
+from peftkit.data.audit import DataSpec
+from peftkit.errors import ConfigError
+from peftkit.evaluation.spec import EvaluateSpec
+from peftkit.training.spec import TrainSpec
+from peftkit.tuning.methods import AdapterSpec
+
+T = TypeVar("T", bound=Spec)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What a run is planned from."""
+
+    base: BaseSpec
+    quant: QuantSpec
+    adapter: AdapterSpec
+    data: DataSpec
+    train: TrainSpec
+    evaluate: EvaluateSpec
+    names: dict[str, str]
+    """Group → the field of the recipe's Config that holds it."""
+
+
+def groups(config: Any) -> Groups:
+    """The groups of a recipe's settings. Raises ConfigError naming what a recipe lacks to be planned."""
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    found: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    kinds = {"base": BaseSpec, "quant": QuantSpec, "adapter": AdapterSpec, "data": DataSpec, "train": TrainSpec,
+             "evaluate": EvaluateSpec}  # fmt: skip
+    for group, kind in kinds.items():
+        name = next((name for name, value in fields.items() if type(value) is kind), None)
+        if name is None and group != "evaluate":
+            raise ConfigError([f"the recipe has no {kind.__name__} among its settings, so it cannot be planned"])
+        names[group] = name or group
+        found[group] = fields[name] if name else EvaluateSpec()
+    return Groups(**found, names=names)
+
+
+def groups_with(config: Any, **given: Spec) -> Groups:
+    """The groups that a recipe handed to a verb, and the others from its settings or their defaults."""
+    fields = [getattr(config, name) for name in type(config).model_fields]
+    data = next((value for value in fields if type(value) is DataSpec), DataSpec())
+    evaluate = next((value for value in fields if type(value) is EvaluateSpec), EvaluateSpec())
+    return Groups(**{"data": data, "evaluate": evaluate, **given}, names={})  # type: ignore[arg-type]

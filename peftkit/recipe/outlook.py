@@ -1,0 +1,60 @@
+"""`peftkit plan`: what a recipe would take, from its base's config, with or without rows; nothing heavy is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peftkit.backbone.locate import locate
+from peftkit.base.ref import longest_sequence, read_config
+from peftkit.config import Resolved
+from peftkit.events import Note, Report, silent
+from peftkit.planning.architecture import architecture
+from peftkit.recipe.fitting import fitted
+from peftkit.recipe.forecast import Forecast, forecast
+from peftkit.recipe.groups import Groups, groups
+from peftkit.recipe.lengths import Lengths
+from peftkit.recipe.target import Target
+
+
+def outlook(
+    resolved: Resolved[Any],
+    cache: Path,
+    target: Target,
+    *,
+    fit: bool = False,
+    shorter: bool = False,
+    report: Report = silent,
+) -> tuple[Forecast, Resolved[Any]]:
+    """Plan a recipe for a target; with `fit`, change its settings until they fit. Returns the plan and the settings.
+
+    Raises BaseError for a base that cannot be found or planned, DataError for rows that cannot be used, TrainingError
+    when nothing fits.
+    """
+    given = groups(resolved.config)
+    located = locate(given.base, cache, report, weights=False)
+    shape = architecture(read_config(located.folder))
+    lengths = _lengths(given, located.folder, report)
+    if fit:
+        resolved = fitted(resolved, shape, lengths, target, report, shorter=shorter)
+    return forecast(shape, groups(resolved.config), _cut(lengths, resolved), target), resolved
+
+
+def _lengths(given: Groups, folder: Path, report: Report) -> Lengths:
+    limit = longest_sequence(read_config(folder))
+    if given.data.train is None:
+        lengths = Lengths.assumed(given.data.max_length)
+        why = "data.max_length" if given.data.max_length else "no data.train and no data.max_length"
+        report(Note(f"rows are taken to have {lengths.longest:,} tokens ({why})"))
+        return lengths
+    from peftkit.base.tokenizer import load_tokenizer
+    from peftkit.data.audit import audit
+
+    data = audit(given.data, load_tokenizer(folder), limit, report)
+    return Lengths.of(data.train.examples, data.held_out.examples, given.train.rows_per_step)
+
+
+def _cut(lengths: Lengths, resolved: Resolved[Any]) -> Lengths:
+    """The rows as a fit with consent would cut them."""
+    limit = groups(resolved.config).data.max_length
+    return lengths if limit is None else lengths.at_most(limit)

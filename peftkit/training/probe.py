@@ -1,0 +1,149 @@
+"""The longest rows of a run, once, before its first step: what they really take, and how long the run will be."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from peftkit.data.chat import Example
+from peftkit.generation.engine import generate
+from peftkit.generation.forward import autocast, row_nll
+from peftkit.training import random_state
+from peftkit.training.memory import release
+from peftkit.training.spec import TrainSpec
+from peftkit.training.step import Step
+from peftkit.tuning.inject import Tuned
+
+_ANSWER_TOKENS = 8
+_SAMPLES_PER_SECOND = 200
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One thing that was tried."""
+
+    seconds: float
+    tokens: int
+    peak_bytes: int
+    """Of the device's allocator, or of the whole process on a CPU."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the longest rows took: a forward and backward pass, a likelihood, answers."""
+
+    step: Piece
+    likelihood: Piece | None
+    answers: Piece | None
+    """The first tokens of one batch of answers to the longest prompts."""
+
+    def as_record(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def probe(
+    tuned: Tuned,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    spec: TrainSpec,
+    *,
+    evaluation_batch: int,
+    answers: bool,
+) -> Probe:
+    """Try one micro-batch of the longest training rows, and one batch of the longest held-out rows.
+
+    Adapter, gradients and random states are afterwards what they were. Lets the error through when memory does not
+    suffice.
+    """
+    backbone = tuned.backbone
+    device, tokenizer = backbone.device, backbone.tokenizer
+    before = random_state.capture(device)
+    try:
+        longest = _longest(examples, min(spec.per_device_train_batch_size, spec.rows_per_step))
+        step = _measured(device, lambda: _step(tuned, longest), sum(len(row.input_ids) for row in longest))
+        rows = _longest(held_out, evaluation_batch)
+        likelihood = answered = None
+        tuned.model.eval()
+        if rows:
+            options = {"pad_id": tokenizer.pad_id, "device": device, "batch_size": evaluation_batch}
+            tokens = sum(len(row.input_ids) for row in rows)
+            with autocast(device, backbone.placement.compute_dtype):
+                likelihood = _measured(device, lambda: row_nll(tuned.model, rows, **options), tokens)
+                prompts = [row.prompt_ids for row in rows if row.prompt_ids] if answers else []
+                if prompts:
+                    answered = _measured(device, lambda: _answer(tuned, prompts), len(prompts) * _ANSWER_TOKENS)
+        return Probe(step, likelihood, answered)
+    finally:
+        tuned.model.zero_grad(set_to_none=True)
+        random_state.restore(before, device)
+        tuned.model.eval()
+        release(device)
+
+
+def _longest(rows: Sequence[Example], count: int) -> list[Example]:
+    return sorted(rows, key=lambda row: len(row.input_ids), reverse=True)[:count]
+
+
+def _step(tuned: Tuned, rows: Sequence[Example]) -> None:
+    backbone = tuned.backbone
+    tuned.model.train()
+    step = Step(
+        tuned.model,
+        rows,
+        pad_id=backbone.tokenizer.pad_id,
+        device=backbone.device,
+        forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
+    )
+    step.run(len(rows))
+
+
+def _answer(tuned: Tuned, prompts: list[list[int]]) -> None:
+    backbone = tuned.backbone
+    options: dict[str, Any] = {"max_new_tokens": _ANSWER_TOKENS, "batch_size": len(prompts)}
+    generate(tuned.model, prompts, backbone.tokenizer, device=backbone.device, **options)
+
+
+def _measured(device: torch.device, action: Callable[[], Any], tokens: int) -> Piece:
+    with _peak(device) as peak:
+        started = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - started
+    return Piece(seconds, tokens, peak())
+
+
+@contextlib.contextmanager
+def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
+    """The most memory that is used inside: of the allocator on CUDA, of the process elsewhere, sampled."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: int(torch.cuda.max_memory_allocated(device))
+        return
+    process, done = psutil.Process(), threading.Event()
+    seen = [process.memory_info().rss]
+
+    def sample() -> None:
+        while not done.wait(1 / _SAMPLES_PER_SECOND):
+            seen.append(max(seen.pop(), process.memory_info().rss))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield lambda: seen[0]
+    finally:
+        done.set()
+        thread.join()
