@@ -49,6 +49,28 @@ class Tokenizer:
         return str(text)
 
 
+@dataclass(frozen=True)
+class Ahead(Tokenizer):
+    """A tokenizer that has some texts already encoded; it gives the same ids as the one it was made from."""
+
+    known: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, texts: list[str]) -> Ahead:
+        """Encode `texts` in one call, which in a fast tokenizer runs without the interpreter's lock."""
+        distinct = list(dict.fromkeys(texts))
+        encoded = tokenizer.hf(distinct, add_special_tokens=False)["input_ids"] if distinct else []
+        # One int object per id instead of one per token: a third of the memory of encoded rows.
+        same = list(range(len(tokenizer.hf)))
+        known = {text: [same[i] for i in ids] for text, ids in zip(distinct, encoded, strict=True)}
+        return cls(tokenizer.hf, tokenizer.stop_ids, tokenizer.pad_id, known)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` alone: no BOS, no EOS."""
+        known = self.known.get(text)
+        return list(known) if known is not None else super().encode(text)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a base's folder without remote code. Raises BaseError when it cannot be loaded."""
     from transformers import AutoTokenizer  # seconds of start-up that `--help` does not need

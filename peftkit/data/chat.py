@@ -11,35 +11,22 @@ one example per answer, each with the prompt that inference would use.
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-from peftkit.base.tokenizer import Tokenizer
+from peftkit.base.tokenizer import Ahead, Tokenizer
 from peftkit.data.formats import Row
+from peftkit.data.template import Loss, render
+from peftkit.data.template import Rendering as Rendering
 from peftkit.errors import DataError
 
 IGNORED = -100
-Loss = Literal["assistant", "last", "all"]
-Think = Literal["keep", "strip"]
-Template = Literal["base", "plain"]
+_BATCH = 512  # rows tokenized at once: enough to keep the cores busy, little to hold
+T = TypeVar("T")
 _THINK_BLOCK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Rendering:
-    """How rows become token ids; recorded with an adapter, so that serving renders what training rendered."""
-
-    loss: Loss = "assistant"
-    """assistant: every assistant turn; last: only the final one; all: every token of the row."""
-    think: Think = "keep"
-    """Whether `<think>` blocks in assistant turns are learned or removed before rendering."""
-    template: Template = "base"
-    """base: the base's own chat template; plain: prompt, blank line, answer (for bases without a template)."""
-    kwargs: Mapping[str, Any] | None = None
-    """Extra variables for the template, such as enable_thinking; a row's own win."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +46,8 @@ class Example:
     @property
     def answer_tokens(self) -> int:
         """How many tokens the loss falls on (the first token of a sequence is never predicted)."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        ignored = self.labels.count(IGNORED)
+        return len(self.labels) - ignored - sum(label != IGNORED for label in self.labels[:1])
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -68,11 +56,17 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """One assistant turn as inference sees it; `text` and `ids` end with the end-of-turn token."""
+class _Turn:
+    """One assistant turn as inference sees it; `text` may go on after the end-of-turn token."""
 
     prompt: str
     text: str
+
+
+@dataclass(frozen=True)
+class _Answer(_Turn):
+    """A turn whose `ids` end with the end-of-turn token."""
+
     ids: list[int]
     stop_added: bool
 
@@ -82,13 +76,61 @@ def encode_row(row: Row, index: int, tokenizer: Tokenizer, rendering: Rendering)
 
     Raises DataError when the row cannot be rendered so that training and inference agree.
     """
+    return _encode(row, index, _turns(row, tokenizer, rendering), tokenizer, rendering)
+
+
+def encode_rows(rows: Sequence[Row], tokenizer: Tokenizer, rendering: Rendering) -> Iterator[list[Example] | DataError]:
+    """What `encode_row` returns or raises, row by row.
+
+    A thread tokenizes a batch, without the interpreter's lock, while the next one is rendered.
+    """
+    with ThreadPoolExecutor(1, "tokenize") as thread:
+
+        def rendered(start: int) -> tuple[int, list[list[_Turn] | DataError], Future[Ahead]]:
+            found = [_caught(_turns, row, tokenizer, rendering) for row in rows[start : start + _BATCH]]
+            known = [turns for turns in found if turns and not isinstance(turns, DataError)]
+            texts = [turns[0].prompt for turns in known] + [turn.text for turns in known for turn in turns]
+            return start, found, thread.submit(Ahead.of, tokenizer, texts)
+
+        for start, found, ahead in _one_ahead(map(rendered, range(0, len(rows), _BATCH))):
+            for index, turns in enumerate(found, start):
+                if isinstance(turns, DataError):
+                    yield turns
+                else:
+                    yield _caught(_encode, rows[index], index, turns, ahead.result(), rendering)
+
+
+def _one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """Give each item out only when the next one has been made."""
+    held: list[T] = []
+    for item in items:
+        yield from held
+        held = [item]
+    yield from held
+
+
+def _caught(call: Callable[..., T], *given: Any) -> T | DataError:
+    try:
+        return call(*given)
+    except DataError as error:
+        return error
+
+
+def _turns(row: Row, tokenizer: Tokenizer, rendering: Rendering) -> list[_Turn]:
+    """The row's answers as text; none for a text row."""
     if row.text is not None:
-        return [_encode_text(row, index, tokenizer)]
+        return []
     messages = prepare(row, tokenizer, rendering)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise DataError(f"{row.where}: no assistant turn, so there is nothing to learn", expected="an answer")
-    answers = [_answer(messages, turn, row, tokenizer, rendering) for turn in turns]
+    return [_turn(messages, turn, row, tokenizer, rendering) for turn in turns]
+
+
+def _encode(row: Row, index: int, turns: list[_Turn], tokenizer: Tokenizer, rendering: Rendering) -> list[Example]:
+    if row.text is not None:
+        return [_encode_text(row, index, tokenizer)]
+    answers = [_answer(turn, tokenizer) for turn in turns]
     examples = _one_sequence(answers, index, row, tokenizer, rendering)
     if examples is None:
         if rendering.loss == "all":
@@ -119,7 +161,7 @@ def prompt_for(
     examples = [
         message for shot in shots for message in prepare(shot, tokenizer, rendering) if message["role"] != "system"
     ]
-    text = _render([*system, *examples, *history], row, tokenizer, rendering, prompt=True)
+    text = render([*system, *examples, *history], row, tokenizer, rendering, prompt=True)
     return _prompt_ids(text, tokenizer, rendering)
 
 
@@ -127,7 +169,7 @@ def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, ren
     """Token ids of a conversation that waits for an answer, rendered as training rendered it."""
     row = Row(messages=tuple(dict(m) for m in messages), text=None, tools=None, chat_template_kwargs={}, columns={},
               where="chat")  # type: ignore[arg-type]  # fmt: skip
-    text = _render(prepare(row, tokenizer, rendering), row, tokenizer, rendering, prompt=True)
+    text = render(prepare(row, tokenizer, rendering), row, tokenizer, rendering, prompt=True)
     return _prompt_ids(text, tokenizer, rendering)
 
 
@@ -192,9 +234,9 @@ def _encode_text(row: Row, index: int, tokenizer: Tokenizer) -> Example:
     return Example(ids, list(ids), 0, index, str(row.where))
 
 
-def _answer(messages: list[dict[str, Any]], turn: int, row: Row, tokenizer: Tokenizer, rendering: Rendering) -> _Answer:
-    prompt = _render(messages[:turn], row, tokenizer, rendering, prompt=True)
-    full = _render(messages[: turn + 1], row, tokenizer, rendering, prompt=False)
+def _turn(messages: list[dict[str, Any]], turn: int, row: Row, tokenizer: Tokenizer, rendering: Rendering) -> _Turn:
+    prompt = render(messages[:turn], row, tokenizer, rendering, prompt=True)
+    full = render(messages[: turn + 1], row, tokenizer, rendering, prompt=False)
     if not full.startswith(prompt):
         raise DataError(
             f"{row.where}: the template's generation prompt is not how it begins the answer of message {turn + 1}: "
@@ -202,13 +244,15 @@ def _answer(messages: list[dict[str, Any]], turn: int, row: Row, tokenizer: Toke
             expected="a template whose training text starts with its inference prompt",
             hint="try data.template_kwargs={enable_thinking: false}, or add the think block to the answer",
         )
-    text = full[len(prompt) :]
-    ids = tokenizer.encode(text)
+    return _Turn(prompt, full[len(prompt) :])
+
+
+def _answer(turn: _Turn, tokenizer: Tokenizer) -> _Answer:
+    ids = tokenizer.encode(turn.text)
     stop = next((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), None)
     if stop is None:
-        return _Answer(prompt, text, [*ids, tokenizer.stop_ids[0]], stop_added=True)
-    ids = ids[: stop + 1]
-    return _Answer(prompt, tokenizer.decode(ids, skip_special_tokens=False), ids, stop_added=False)
+        return _Answer(turn.prompt, turn.text, [*ids, tokenizer.stop_ids[0]], stop_added=True)
+    return _Answer(turn.prompt, turn.text, ids[: stop + 1], stop_added=False)
 
 
 def _one_sequence(
@@ -218,7 +262,7 @@ def _one_sequence(
     ids: list[int] = []
     labels: list[int] = []
     text, start = "", 0
-    for answer in answers:
+    for at, answer in enumerate(answers):
         if not answer.prompt.startswith(text):
             return None
         whole = _prompt_ids(answer.prompt, tokenizer, rendering)
@@ -227,7 +271,9 @@ def _one_sequence(
             return None
         ids, start = ids + between + answer.ids, len(ids) + len(between)
         labels = labels + [IGNORED] * len(between) + answer.ids
-        text = answer.prompt + answer.text
+        if at + 1 < len(answers):  # decoding is an eighth of the time, and most rows have one answer
+            said = answer.text if answer.stop_added else tokenizer.decode(answer.ids, skip_special_tokens=False)
+            text = answer.prompt + said
     return [Example(ids, labels, start, index, str(row.where), answers[-1].stop_added)]
 
 
@@ -254,51 +300,3 @@ def _with_loss(examples: list[Example], loss: Loss) -> list[Example]:
 
 def _relabel(example: Example, labels: list[int]) -> Example:
     return Example(example.input_ids, labels, example.answer_start, example.row, example.where, example.stop_added)
-
-
-def _render(
-    messages: list[dict[str, Any]], row: Row, tokenizer: Tokenizer, rendering: Rendering, *, prompt: bool
-) -> str:
-    if rendering.template == "plain":
-        return _render_plain(messages, row, prompt=prompt)
-    if not tokenizer.has_template:
-        raise DataError(
-            f"{row.where} is a conversation, and this base has no chat template",
-            expected="an instruct base, or data.template=plain for single questions and answers",
-            hint="data.template=plain",
-        )
-    variables = {**(rendering.kwargs or {}), **row.chat_template_kwargs}
-    reserved = sorted(variables.keys() & inspect.signature(tokenizer.hf.apply_chat_template).parameters.keys())
-    if reserved:
-        raise DataError(
-            f"{row.where}: the template variable {reserved[0]!r} is an argument of the renderer itself",
-            expected="variables that the template reads, such as enable_thinking",
-            hint="remove it from chat_template_kwargs or data.template_kwargs",
-        )
-    try:
-        text = tokenizer.hf.apply_chat_template(
-            messages,
-            tools=list(row.tools) if row.tools else None,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **variables,
-        )
-    except Exception as error:  # a Jinja template may raise anything, most often its own raise_exception(...)
-        raise DataError(
-            f"{row.where}: the base's chat template refuses this conversation: {error}",
-            expected="turns that the template knows",
-            hint="look at the row with `peftkit data preview`",
-        ) from error
-    return str(text)
-
-
-def _render_plain(messages: list[dict[str, Any]], row: Row, *, prompt: bool) -> str:
-    if row.tools or (not prompt and sum(message["role"] == "assistant" for message in messages) > 1):
-        raise DataError(
-            f"{row.where}: data.template=plain cannot render tools or several assistant turns",
-            expected="one question and one answer per row",
-            hint="use an instruct base with its own chat template",
-        )
-    answer = "" if prompt else str(messages[-1]["content"])
-    before = messages if prompt else messages[:-1]
-    return "".join(f"{message['content']}\n\n" for message in before) + answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from peftkit.errors import ConfigError, DataError
 
 # Chinese and Japanese are written without spaces: there a character counts as a word
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_FEWEST = 6
 _WORD = re.compile(f"[{_CJK}]|[^\\W{_CJK}]+")
 
 
@@ -40,7 +42,9 @@ def ngram_overlap(held_out: Sequence[str], train: Sequence[str], n: int = 8) -> 
         raise DataError("no held-out texts to compare with the training texts", expected="at least one")
     grams = [list(_ngrams(text, n)) for text in held_out]
     wanted = {gram for row in grams for gram in row}
-    seen = {gram for text in train for gram in _ngrams(text, n) if gram in wanted}
+    seen: set[tuple[str, ...]] = set()
+    for text in train:
+        seen.update(wanted.intersection(_ngrams(text, n)))
     shares = [sum(gram in seen for gram in row) / len(row) if row else 0.0 for row in grams]
     whole = set(train)
     return Overlap(
@@ -52,9 +56,46 @@ def ngram_overlap(held_out: Sequence[str], train: Sequence[str], n: int = 8) -> 
     )
 
 
+@dataclass(frozen=True)
+class Shared:
+    """The text that holds most of another, and how much."""
+
+    index: int
+    share: float
+
+
+def shared_runs(texts: Sequence[str], inside: Sequence[str], n: int = 8) -> dict[int, Shared]:
+    """For each of `texts` of at least n words, the one of `inside` that holds most of its runs of n words.
+
+    Runs in more than 1 % of `inside` (and more than ten of them) are a task's own wording and do not count; nor does a
+    text whose runs are mostly such. Texts that share fewer than six runs are left out: six runs of eight words are 13
+    words in a row, from which on GPT-3 counted a text as seen (Brown et al. 2020, appendix C).
+    """
+    grams = [set(_ngrams(text, n)) if len(words(text)) >= n else set() for text in texts]
+    places: dict[tuple[str, ...], list[int]] = {gram: [] for row in grams for gram in row}
+    most = max(10, len(inside) // 100)
+    for at, text in enumerate(inside):
+        for gram in places.keys() & set(_ngrams(text, n)):
+            if len(places[gram]) <= most:
+                places[gram].append(at)
+    found = {}
+    for at, row in enumerate(grams):
+        rare = [places[gram] for gram in row if len(places[gram]) <= most]
+        counts = Counter(index for indices in rare for index in indices)
+        if counts and len(rare) >= 0.25 * len(row):
+            index, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
+            if count >= _FEWEST:
+                found[at] = Shared(index, count / len(rare))
+    return found
+
+
+def words(text: str) -> list[str]:
+    """The words of a text without case and punctuation; in Chinese and Japanese, its characters."""
+    return _WORD.findall(text.casefold())
+
+
 def _ngrams(text: str, n: int) -> Iterator[tuple[str, ...]]:
-    words = _WORD.findall(text.casefold())
-    if 0 < len(words) < n:
-        yield tuple(words)
-    for at in range(len(words) - n + 1):
-        yield tuple(words[at : at + n])
+    found = words(text)
+    if 0 < len(found) < n:
+        return iter([tuple(found)])
+    return zip(*(found[start:] for start in range(n)), strict=False)

@@ -1,0 +1,74 @@
+"""The settings of a run's data."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from peftkit.config import Spec
+from peftkit.data.findings.rules import RULES
+from peftkit.data.template import Loss, Rendering, Template, Think
+
+
+class DataSpec(Spec):
+    """What to learn from, and what to measure on."""
+
+    train: str | None = None
+    """json, jsonl, csv, tsv, parquet or txt file, or a Hub data set (`owner/name:split`)."""
+    held_out: str | None = None
+    """A file of rows that are never trained on; without it, `held_out_share` of the training file is set aside."""
+    held_out_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the training file to set aside when no held-out file is given."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto"
+    """auto looks at the columns of every row and says what it found."""
+    loss: Loss = "assistant"
+    """Where the loss falls: every assistant turn, only the last, or every token."""
+    think: Think = "keep"
+    """Whether `<think>` blocks of answers are learned or removed."""
+    template: Template = "base"
+    """The base's own chat template, or plain text for bases without one."""
+    template_kwargs: dict[str, Any] = {}
+    """Extra variables for the chat template, such as {enable_thinking: false}."""
+    max_length: int | None = Field(default=None, gt=1)
+    """Longest sequence in tokens; None takes the base's own limit."""
+    too_long: Literal["raise", "drop", "truncate"] = "raise"
+    """What happens to a row above max_length."""
+    max_train_rows: int | None = Field(default=None, gt=0)
+    """Train on the first so many rows only."""
+    max_held_out_rows: int | None = Field(default=None, gt=0)
+    """Measure on the first so many held-out rows only."""
+    seed: int = 0
+    """Seed of the split."""
+    against: str | None = None
+    """A file of rows that must not be learned, such as a benchmark: training rows that hold one of them are found."""
+    accept: tuple[str, ...] = ()
+    """Rules of the audit whose findings are meant so, such as [leak]; they are reported, and neither stop nor warn."""
+    license: str | None = None
+    """Licence of the rows, such as cc-by-4.0; it is kept with the adapter and stands on its model card."""
+
+    @field_validator("accept")
+    @classmethod
+    def _known(cls, accept: tuple[str, ...]) -> tuple[str, ...]:
+        for name in accept:
+            if name not in RULES:
+                near = difflib.get_close_matches(name, RULES, n=1)
+                meant = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(RULES)}"
+                raise ValueError(f"the audit has no rule {name!r}{meant}")
+            if RULES[name].final:
+                raise ValueError(f"{name!r} cannot be accepted: {RULES[name].mend}")
+        return accept
+
+    @property
+    def rendering(self) -> Rendering:
+        """How rows become tokens."""
+        return Rendering(self.loss, self.think, self.template, self.template_kwargs)
+
+
+def recorded_rendering(config: Mapping[str, Any]) -> Rendering:
+    """How an adapter's training rendered its rows, from the settings in its manifest; the default where none stand."""
+    data = config.get("data")
+    known = {key: data[key] for key in DataSpec.model_fields if key in data} if isinstance(data, Mapping) else {}
+    return DataSpec.model_validate(known).rendering
