@@ -181,7 +181,7 @@ class _Search:
         for name in sorted(names, key=lambda name: _spends(name, before, after)):  # what saves memory comes first
             changed = replace(before, **{name: getattr(after, name)})
             if name == "longest":
-                changed = replace(changed, labelled=after.labelled)
+                changed = replace(changed, labelled=after.labelled, evaluation_longest=after.evaluation_longest)
             yield self._concession(name, before, changed)
             before = changed
 
@@ -220,7 +220,9 @@ def _spends(name: str, before: Setting, after: Setting) -> bool:
 
 
 def _shortened(setting: Setting, longest: int) -> Setting:
-    return replace(setting, longest=longest, labelled=min(setting.labelled, longest))
+    """Training and held-out rows cut at `longest` tokens: data.max_length holds for both."""
+    held_out = min(setting.evaluation_longest, longest)
+    return replace(setting, longest=longest, labelled=min(setting.labelled, longest), evaluation_longest=held_out)
 
 
 def _too_small(search: _Search) -> TrainingError:

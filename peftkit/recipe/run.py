@@ -179,6 +179,8 @@ class Run:
         from peftkit.tuning.inject import save_adapter
 
         folder = self._folder()
+        if self.binding is not None:
+            folder.write_json("binding.json", self.binding.values)
         try:
             trained = train(
                 tuned,
@@ -193,9 +195,12 @@ class Run:
                 log=self._log,
             )
         except OutOfMemory:
-            save_adapter(tuned, folder.path / UNPUBLISHED)  # the steps before this one are not lost
+            if not launched().sharded:  # its parts could not be put together: the others are not at this point
+                save_adapter(tuned, folder.path / UNPUBLISHED)  # the steps before this one are not lost
             raise
         except (Stopped, KeyboardInterrupt) as stop:
+            if launched().sharded and not isinstance(stop, Stopped):
+                raise
             kept = save_adapter(tuned, folder.path / INTERRUPTED)
             what = str(stop) or "interrupted in the middle of a step"
             raise Interrupted(

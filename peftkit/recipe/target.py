@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,6 +96,7 @@ def _cuda() -> bool:
     return bool(torch.cuda.is_available())
 
 
+@functools.cache
 def _measured_cpu() -> Machine:
     """FLOP/s of a float32 product of 1024 × 1024 matrices, and bytes/s of a copy of 64 MB; a quarter of a second."""
     import torch

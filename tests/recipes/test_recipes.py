@@ -191,7 +191,7 @@ def test_a_whole_run(go: Go, rows: Path, tiny_base: Path, name: str) -> None:
     kept = files(run.path)
     state = ("checkpoint.json", "state.json", "state.safetensors")
     checkpoints = {f"checkpoints/step-{step:08d}/{name}" for step in (2, 3) for name in state}
-    records = {f"{stage}.json" for stage in ("audit", "environment", "plan", "probe", "samples", "status")}
+    records = {f"{stage}.json" for stage in ("audit", "binding", "environment", "plan", "probe", "samples", "status")}
     written = {"config.yaml", "events.jsonl", "metrics.jsonl", "report.html", ".lock", f"recipe/{name}.py"}
     assert set(kept) == records | written | checkpoints
     assert [step for step, _ in read_metrics(run.path)] == [1, 2, 3]

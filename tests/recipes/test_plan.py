@@ -1,0 +1,214 @@
+"""Plan and probe before a run, and a budget: what they say, what they change, what they never change."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftkit import locations
+from peftkit.errors import ConfigError, OutOfMemory, RunError, TrainingError
+from peftkit.events import Decision, Event, Note, Warned
+from peftkit.recipe import Result, configure, execute, find, load
+from peftkit.recipe import ahead as ahead_module
+from peftkit.recipe.forecast import changes, setting_of
+from peftkit.recipe.groups import groups
+from peftkit.recipe.outlook import outlook
+from peftkit.recipe.target import Target, card, this_machine
+from peftkit.registry.store import Registry
+from peftkit.runs import list_runs, read_metrics
+
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "silu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def config_8b(tmp_path: Path) -> Path:
+    """A folder with the config of an 8B base and nothing else."""
+    folder = tmp_path / "8b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("registry", "runs", "cache"):
+        monkeypatch.setenv(f"PEFTKIT_{name.upper()}", str(tmp_path / name))
+
+
+@pytest.fixture
+def settings(tiny_base: Path, tmp_path: Path) -> list[str]:
+    draw = random.Random(0)
+    lines = [{"prompt": f"say {draw.randrange(1000)} {i}", "completion": str(draw.randrange(9999))} for i in range(16)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [
+        f"base={tiny_base}", f"data.train={path}", "data.held_out_share=0.25", "adapter.r=4", "train.max_steps=2",
+        "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2", "evaluate.max_generated_rows=2",
+        "evaluate.max_new_tokens=3", "evaluate.retention_passages=1", "save_as=tickets",
+    ]  # fmt: skip
+
+
+def go(settings: list[str], report: Callable[[Event], None] = lambda event: None, **options: Any) -> Result:
+    recipe = load(find("qlora_sft"))
+    return execute(recipe, configure(recipe, overrides=settings), report=report, **options)
+
+
+def plan(base: Path, target: Target, *overrides: str, **options: Any) -> Any:
+    resolved = configure(load(find("qlora_sft")), overrides=[f"base={base}", *overrides])
+    return outlook(resolved, locations.cache_root().path, target, **options)
+
+
+def quant() -> Any:
+    return groups(configure(load(find("qlora_sft"))).config).quant
+
+
+# -- a plan from the config alone
+
+
+def test_a_plan_reads_nothing_but_the_config(config_8b: Path) -> None:
+    found, _ = plan(config_8b, card(quant(), "RTX 3060 12GB", None), "data.max_length=2048")
+    assert found.setting.longest == 2048
+    assert found.setting.compute_dtype == "bfloat16"
+    assert found.memory.part("linear layers").bytes.expected == 6_979_321_856 // 2  # 4 bits of the 8B's linear layers
+    with pytest.raises(OutOfMemory, match="the RTX 3060 12GB has") as caught:
+        found.check_memory(lambda event: None)
+    assert "--budget" in str(caught.value)
+    assert {part["where"] for part in found.as_record()["disk"]} == {"runs", "registry"}
+
+
+def test_an_old_card_has_no_bfloat16(config_8b: Path) -> None:
+    found, _ = plan(config_8b, card(quant(), "T4", None))
+    assert found.setting.compute_dtype == "float32"
+
+
+@pytest.mark.parametrize(("name", "budget", "named"), [
+    ("RTX 3060", None, "RTX 3060 8GB, RTX 3060 12GB"), ("RTX 9999", None, "not a card known here"),
+    (None, "12", "12GB"), (None, "-3GB", "is not a size"),
+])  # fmt: skip
+def test_a_wrong_target_is_named(name: str | None, budget: str | None, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        card(quant(), name, budget)
+
+
+def test_a_budget_keeps_the_effective_batch_and_what_was_asked_for(config_8b: Path) -> None:
+    said: list[Event] = []
+    target = card(quant(), None, "12GB")
+    batch = ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=4", "data.max_length=2048"]
+    found, changed = plan(config_8b, target, *batch, fit=True, report=said.append)
+    train = changed.config.train
+    assert train.rows_per_step == 16
+    assert (train.per_device_train_batch_size, train.gradient_checkpointing) == (1, True)
+    assert max(stage.bytes.high for stage in found.memory.stages) <= 12e9
+    assert changed.sources["train.gradient_checkpointing"].startswith("budget of")
+    assert any("keeps the effective batch 16" in event.reason for event in said if isinstance(event, Decision))
+    assert any("the next concession would be" in event.text for event in said if isinstance(event, Note))
+    with pytest.raises(TrainingError, match="the smallest peak is") as caught:
+        plan(config_8b, target, *batch, "train.gradient_checkpointing=false", fit=True)
+    assert "let gradient_checkpointing False → True" in str(caught.value)
+
+
+def test_rows_are_cut_only_with_consent(config_8b: Path) -> None:
+    target = card(quant(), None, "12GB")
+    with pytest.raises(TrainingError, match="cut rows at"):
+        plan(config_8b, target, "data.max_length=8192", fit=True)
+    found, changed = plan(config_8b, target, "data.max_length=8192", fit=True, shorter=True)
+    assert changed.config.data.max_length == found.setting.longest < 8192
+    assert changed.config.data.too_long == "truncate"
+
+
+def test_changes_and_settings_agree(config_8b: Path) -> None:
+    """What a fit wrote into the settings is the setting that it planned."""
+    for budget in ("11GB", "14GB", "20GB", "40GB"):
+        target = card(quant(), None, budget)
+        found, changed = plan(config_8b, target, "data.max_length=1024", fit=True)
+        again = setting_of(groups(changed.config), found.lengths, target)
+        assert again == found.setting
+        assert changes(groups(changed.config), found.setting, again) == {}
+
+
+# -- before a run
+
+
+def test_a_run_keeps_its_plan_and_its_probe(settings: list[str]) -> None:
+    go(settings)
+    (run,) = list_runs(locations.runs_root().path)
+    kept = json.loads((run.path / "plan.json").read_text())
+    probed = json.loads((run.path / "probe.json").read_text())
+    assert kept["steps"] == 2
+    assert kept["limit"] in {stage["name"] for stage in kept["stages"]}
+    rows = {row["what"]: row for row in probed["rows"]}
+    assert rows["weights"]["predicted"] == pytest.approx(rows["weights"]["measured"], rel=0.05)
+    assert all(row["measured"] > 0 for row in probed["rows"])
+    assert set(probed["seconds"]) == {"training", "measuring"}
+
+
+def test_a_probe_leaves_no_trace(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout: adapter and random states after a probe are those without one, bit by bit."""
+    settings = [*settings, "adapter.lora_dropout=0.2"]
+
+    def trained() -> dict[str, torch.Tensor]:
+        version = Registry(locations.registry_root().path).resolve(str(go(settings).saved_as))
+        return load_file(version.path / "adapter_model.safetensors")
+
+    first = trained()
+    monkeypatch.setattr(ahead_module.Ahead, "probe", lambda self, tuned, plan: None)
+    second = trained()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_plan_that_cannot_fit_stops_before_the_weights_are_loaded(settings: list[str]) -> None:
+    said: list[Event] = []
+    with pytest.raises(TrainingError, match="the smallest peak is"):
+        go(settings, said.append, budget="1MB")
+    assert not any(isinstance(event, Decision) and event.what == "weights" for event in said)
+
+
+def test_a_budget_is_kept_in_the_runs_settings(settings: list[str], tmp_path: Path) -> None:
+    """Rows at once change, the effective batch and the loss do not."""
+    rows = [{"prompt": f"count {i}", "completion": " ".join(str(i * n) for n in range(60))} for i in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def peak(micro_batch: int) -> int:
+        batch = [
+            f"train.per_device_train_batch_size={micro_batch}",
+            f"train.gradient_accumulation_steps={8 // micro_batch}",
+        ]
+        resolved = configure(load(find("qlora_sft")), overrides=[*settings, *batch])
+        found, _ = outlook(resolved, tmp_path / "cache", this_machine(quant()))
+        return max(stage.bytes.high for stage in found.memory.stages)
+
+    assert peak(1) < peak(8)
+    go([*settings, "save_as=free"])
+    go(settings, budget=f"{(peak(1) + peak(8)) // 2}B")
+    fitted, free = list_runs(locations.runs_root().path)
+    kept = configure(load(find("qlora_sft")), files=[fitted.path / "config.yaml"]).config.train
+    assert (kept.rows_per_step, kept.per_device_train_batch_size < 8) == (8, True)
+    losses = [[figures["loss"] for _, figures in read_metrics(run.path) if "loss" in figures] for run in (fitted, free)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_full_disk_stops_a_run_before_its_first_step(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftkit.recipe import forecast as module
+
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(RunError, match=r"the disk has 1\.0 kB free and the run needs") as caught:
+        go(settings)
+    assert "peftkit runs gc" in str(caught.value)
+
+
+def test_a_base_that_no_plan_knows_is_trained_without_one(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead_module, "shape_of", lambda located: None)
+    said: list[Event] = []
+    assert go(settings, said.append).saved_as is not None
+    assert any("no plan of memory and time" in event.text for event in said if isinstance(event, Warned))
