@@ -77,7 +77,7 @@ def inspect(spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Rep
         raise DataError(
             "data.train is not set", expected="a file of rows", hint="peftkit train … data.train=rows.jsonl"
         )
-    train_set = load_rows(spec.train, spec.format)
+    train_set = load_rows(spec.train, spec.format, strict=False)
     report(Note(f"{train_set.source}: {len(train_set.rows)} rows, format {train_set.format} ({train_set.reason})"))
     train_rows, held_rows, held_set = _divide(spec, train_set, report)
     train_rows, held_rows = train_rows[: spec.max_train_rows], held_rows[: spec.max_held_out_rows]
@@ -91,6 +91,12 @@ def inspect(spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Rep
     held = attempt(held_rows, held_set, "held_out", tokenizer, spec, length)
     overlap = ngram_overlap(_prompts(held_rows), _prompts(train_rows)).highest
     tally = examined()
+    for dataset in (train_set, held_set) if spec.held_out else (train_set,):
+        problems = [
+            Seen(str(problem.where), str(problem).removeprefix(f"{problem.where}: ")) for problem in dataset.problems
+        ]
+        if problems:
+            tally.say("unreadable", len({problem.where.index for problem in dataset.problems}), "", problems)
     for encoding in (train, held):
         _losses(encoding, spec, length, tally)
     check_all([(rows.part.rows, rows.part.examples) for rows in (train, held)], tokenizer, tally)
@@ -124,12 +130,28 @@ def describe(finding: Finding) -> str:
 
 def _divide(spec: DataSpec, train_set: Dataset, report: Report) -> tuple[Sequence[Row], Sequence[Row], Dataset]:
     if spec.held_out:
-        held_set = load_rows(spec.held_out, spec.format)
+        held_set = load_rows(spec.held_out, spec.format, strict=False)
         report(Note(f"{held_set.source}: {len(held_set.rows)} held-out rows, format {held_set.format}"))
         return train_set.rows, held_set.rows, held_set
-    parts = split(train_set.rows, spec.held_out_share, spec.seed, key=lambda row: repr((row.messages, row.text)))
+    keys = dict(zip(map(id, train_set.rows), _split_keys(train_set.rows), strict=True))
+    parts = split(train_set.rows, spec.held_out_share, spec.seed, key=lambda row: keys[id(row)])
     report(Note(f"no data.held_out: {len(parts.held_out)} rows set aside with seed {spec.seed}"))
     return parts.train, parts.held_out, train_set
+
+
+def _split_keys(rows: Sequence[Row]) -> list[str]:
+    """What keeps rows on one side of the split: their content; rows with one question share the least of theirs.
+
+    A question with several answers would otherwise stand on both sides: in e2e_nlg, behind every held-out row.
+    """
+    contents = [repr((row.messages, row.text)) for row in rows]
+    questions = [prompt or content for prompt, content in zip(_prompts(rows), contents, strict=True)]
+    if len(set(questions)) < 2:
+        return contents
+    least: dict[str, str] = {}
+    for question, content in zip(questions, contents, strict=True):
+        least[question] = min(content, least.get(question, content))
+    return [least[question] for question in questions]
 
 
 def _prompts(rows: Sequence[Row]) -> list[str]:

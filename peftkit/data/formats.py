@@ -87,14 +87,19 @@ class Dataset:
     reason: str
     source: str
     sha256: str
+    problems: tuple[Problem, ...] = ()
+    """What is wrong with records that became no rows, where that was asked for."""
 
 
-def load_rows(source: str | Path, format: str = "auto") -> Dataset:
-    """Read a file or Hub set into rows; raises DataError with all problems, ConfigError on an unknown format."""
-    return convert(read(source), format)
+def load_rows(source: str | Path, format: str = "auto", *, strict: bool = True) -> Dataset:
+    """Read a file or Hub set into rows; raises DataError with all problems, ConfigError on an unknown format.
+
+    Unless `strict`, what is wrong with single records is returned with the rows of the others, if there are any.
+    """
+    return convert(read(source), format, strict=strict)
 
 
-def convert(records: Records, format: str = "auto") -> Dataset:
+def convert(records: Records, format: str = "auto", *, strict: bool = True) -> Dataset:
     """Turn records into rows; raises as `load_rows` does."""
     if format not in ("auto", *FORMATS):
         near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0.4)
@@ -110,11 +115,15 @@ def convert(records: Records, format: str = "auto") -> Dataset:
     reading = _Reading(shape)
     rows = tuple(reading.row(where, record) for where, record in records.records)
     if reading.problems:
+        bad = {problem.where.index for problem in reading.problems}
+        rows = tuple(row for row in rows if row.where.index not in bad)
+    if reading.problems and (strict or not rows):
         raise _refusal(reading.problems, records, f"{shape.format} ({reason})")
     others = dict.fromkeys(key for row in rows for key in row.columns)
     kept = f"; other columns are kept beside the rows: {', '.join(map(repr, others))}" if others else ""
     notes = "".join(f"; {note} ({count:,} times)" for note, count in sorted(reading.notes.items()))
-    return Dataset(rows, shape.format, reason + kept + notes, records.source, records.sha256)
+    problems = tuple(reading.problems)
+    return Dataset(rows, shape.format, reason + kept + notes, records.source, records.sha256, problems)
 
 
 def _detect(records: Records) -> tuple[Shape, str]:

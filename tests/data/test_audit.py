@@ -232,6 +232,28 @@ def test_without_a_held_out_file_a_seeded_share_is_set_aside(tokenizer: Tokenize
     assert any("10 rows set aside with seed 1" in note.text for note in told.of(Note))
 
 
+def test_answers_to_one_question_stay_on_one_side(tokenizer: Tokenizer, rows: Any) -> None:
+    train = rows(*[(f"question {q}", f"answer {a}") for q in range(8) for a in range(3)])
+    result, _ = run(tokenizer, train=train, held_out_share=0.25)
+    sides = [{str(row.messages[0]["content"]) for row in part.rows} for part in (result.train, result.held_out)]
+    assert (len(sides[0]), len(sides[1])) == (6, 2)
+    assert not sides[0] & sides[1]
+
+
+def test_one_question_alone_can_still_be_divided(tokenizer: Tokenizer, rows: Any) -> None:
+    result, _ = run(tokenizer, train=rows(*[("tell a story", f"story {n}") for n in range(8)]), held_out_share=0.25)
+    assert (len(result.train.rows), len(result.held_out.rows)) == (6, 2)
+
+
+def test_questions_that_stand_once_are_divided_as_ever(tokenizer: Tokenizer, rows: Any) -> None:
+    """Splits made before questions were kept together hold: by the SHA-256 of seed and content."""
+    train = rows(*[(f"question {n}", f"answer {n}") for n in range(8)])
+    result, _ = run(tokenizer, train=train, held_out_share=0.25)
+    both = [*result.train.rows, *result.held_out.rows]
+    ordered = sorted(both, key=lambda row: hashlib.sha256(f"0\0{(row.messages, row.text)!r}".encode()).digest())
+    assert {row.where for row in result.held_out.rows} == {row.where for row in ordered[:2]}
+
+
 def test_a_held_out_file_is_used_whole_and_trains_nothing(tokenizer: Tokenizer, rows: Any, held: str) -> None:
     result, told = run(tokenizer, train=rows(FITS, CUT), held_out=held)
     assert len(result.train.rows) == 2

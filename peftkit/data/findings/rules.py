@@ -45,6 +45,7 @@ _ALL = (
     Rule("length_outlier", "note", "{rows} more than ten times as long as the middle row ({detail})",
          "look whether several rows were joined; the longest row decides how much memory a run needs"),
     # Labels and template: what is learned is what inference needs.
+    Rule("unreadable", "error", "{rows} that cannot be learnt from whole", "edit or remove these rows", final=True),
     Rule("unusable", "error", "{rows} that cannot be rendered", "edit or remove these rows", final=True),
     Rule("no_stop", "error", "no answer in {detail} ends with a learned end-of-turn token: the model would never stop",
          "set data.max_length higher, so that answers keep their end"),
