@@ -106,12 +106,13 @@ def ticks(low: float, high: float, about: int = 5, whole: bool = False) -> list[
 
 
 def log_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Powers of ten between two, with their double and fivefold where there are few; ends included."""
+    """Powers of ten between two, with double and fivefold where there are few, or else round numbers; ends included."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, math.ceil((last - first) / about))
     digits = (1, 2, 5) if last - first <= 2 else (1,)
     found = [digit * 10.0**power for power in range(first, last + 1, every) for digit in digits]
-    return [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+    within = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+    return within if len(within) > 1 or low >= high else ticks(low, high, about)
 
 
 def _round_step(rough: float) -> float:

@@ -52,6 +52,7 @@ def test_ticks_are_round_few_and_inside(low: float, span: float) -> None:
 def test_whole_ticks_and_powers_of_ten() -> None:
     assert ticks(1, 3, whole=True) == [1, 2, 3]
     assert log_ticks(0.01, 1000) == pytest.approx([0.01, 0.1, 1, 10, 100, 1000])
+    assert log_ticks(0.56, 0.88) == pytest.approx([0.6, 0.7, 0.8])
     assert log_ticks(1, 20) == pytest.approx([1, 2, 5, 10, 20])
     assert [short(v) for v in (1.5e-4, 0.02, 1500, 10_000, 200_000, 1.5e6, 0, 5e-5)] == [
         "1.5e-4", "0.02", "1,500", "10,000", "200k", "1.5M", "0", "5e-5"]  # fmt: skip

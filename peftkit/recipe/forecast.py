@@ -39,7 +39,10 @@ class Forecast:
         return {
             "setting": asdict(self.setting),
             "lengths": asdict(self.lengths),
-            **self.memory.as_record(),
+            "parts": [{"name": p.name, **asdict(p.bytes), "formula": p.formula} for p in self.memory.parts],
+            "stages": [{"name": stage.name, **asdict(stage.bytes)} for stage in self.memory.stages],
+            "limit": self.memory.limit.name,
+            "peak": asdict(self.memory.peak),
             "target": self.target.name,
             "budget": self.target.bytes,
             "steps": self.steps,

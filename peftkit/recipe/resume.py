@@ -10,6 +10,7 @@ from typing import Any
 from peftkit import locations
 from peftkit.config import Resolved
 from peftkit.errors import RunError
+from peftkit.process_group import launched
 from peftkit.recipe.files import Recipe, configure, load
 from peftkit.runs import RunFolder, RunStatus, load_run
 
@@ -54,4 +55,5 @@ def how_to_resume(folder: RunFolder) -> str | None:
         return None
     elsewhere = folder.path.parent.absolute() != locations.runs_root().path.absolute()
     where = f" --runs {folder.path.parent}" if elsewhere else ""
-    return f"go on with: peftkit train --resume {folder.id}{where}"
+    program = "accelerate launch (as before) -m peftkit" if launched().size > 1 else "peftkit"
+    return f"go on with: {program} train --resume {folder.id}{where}"

@@ -203,9 +203,8 @@ class Run:
                 raise
             kept = save_adapter(tuned, folder.path / INTERRUPTED)
             what = str(stop) or "interrupted in the middle of a step"
-            raise Interrupted(
-                f"training was {what}; the adapter as it was is a PEFT checkpoint in {kept}", hint=how_to_resume(folder)
-            ) from None
+            where = f"; the adapter as it was is a PEFT checkpoint in {kept}" if launched().leads else ""
+            raise Interrupted(f"training was {what}{where}", hint=how_to_resume(folder)) from None
         save_adapter(tuned, folder.path / UNPUBLISHED)  # whatever happens while measuring, the training is not lost
         self.figures["training"] = {**asdict(trained), "tokens_per_second": trained.tokens_per_second}
         rate, loss = trained.tokens_per_second, f"{trained.first_loss:.3f} → {trained.last_loss:.3f}"

@@ -153,7 +153,7 @@ def plan(status: RunStatus) -> Markup:
         if disk:
             rows = [(row.get("name"), size(row.get("bytes")), row.get("where")) for row in disk]
             parts += heading_html("disk") + table_html(("what", "size", "where"), rows)
-        if times := [(name, as_text(v)) for name, v in flat_figures(value.get("time") or {})]:
+        if times := [(name, _seconds(v)) for name, v in flat_figures(value.get("time") or {})]:
             parts += heading_html("time") + facts_html(times)
     return parts + _probe(status)
 
@@ -231,6 +231,10 @@ def _fits(row: Any, columns: Sequence[Any]) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _seconds(value: Any) -> str:
+    return duration(value) if isinstance(value, int | float) else as_text(value)
 
 
 def _time(event: Mapping[str, Any]) -> str:
