@@ -51,10 +51,10 @@ def test_own_rows(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     (tmp_path / "tickets.jsonl").write_text(text)
     commands = [line[2:] for line in block("console", "data preview").splitlines() if line.startswith("$ ")]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         arguments = shlex.split(command.replace(HUB_ID, str(tiny_base)))[1:]
-        if arguments[0] == "train":
+        if arguments[0] in ("plan", "train"):
             arguments += ["train.max_steps=1", "evaluate.max_new_tokens=4", "data.max_length=512"]
         if arguments[0] == "chat":
             arguments += ["--max-new-tokens", "4"]
@@ -115,7 +115,7 @@ def test_every_command_is_in_the_table() -> None:
     from peftkit.cli.main import app
 
     names = sorted(get_command(app).commands)
-    assert len(names) == 24
+    assert len(names) == 26
     missing = [name for name in names if not re.search(rf"`(peftkit )?{name}\b", README)]
     assert not missing
 
