@@ -114,6 +114,7 @@ def forecast(
             base_present=base_present,
             save_total_limit=given.train.save_total_limit,
             keeps_best=given.train.eval_steps is not None,
+            merged=True,  # what `peftkit merge` would write later; a run does not, so its disk is not checked
         ),
     )
 

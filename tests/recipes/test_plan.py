@@ -84,7 +84,7 @@ def test_a_plan_reads_nothing_but_the_config(config_8b: Path) -> None:
     with pytest.raises(OutOfMemory, match="the RTX 3060 12GB has") as caught:
         found.check_memory(lambda event: None)
     assert "--budget" in str(caught.value)
-    assert {part["where"] for part in found.as_record()["disk"]} == {"runs", "registry"}
+    assert {part["where"] for part in found.as_record()["disk"]} == {"runs", "registry", "out"}
 
 
 def test_an_old_card_has_no_bfloat16(config_8b: Path) -> None:
