@@ -37,7 +37,10 @@ from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec
 from peftkit.data.chat import IGNORED, Example
 from peftkit.environment import environment
+from peftkit.generation.engine import generate
+from peftkit.generation.forward import row_nll
 from peftkit.planning.architecture import architecture
+from peftkit.planning.evaluation import generating, measuring
 from peftkit.planning.memory import plan_memory
 from peftkit.planning.setting import Setting
 from peftkit.training.ledger import Ledger
@@ -52,6 +55,8 @@ RESULTS = Path(__file__).with_name("results") / "plan_ledger.json"
 BITS = {"full": 32, "lora": 32, "nf4": 4, "int8": 8}
 R = 8
 CLOSE = 0.05
+SETS = ("development", "kept_out")
+BULK = ("architectures", "cells", "environment")
 EMBEDDED = "smollm2-135m"
 SMALL = {"vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
 DEVELOPMENT: dict[str, dict[str, Any]] = {
@@ -100,16 +105,25 @@ class Cell:
             labelled=self.length - 1,
             evaluation_batch=self.batch,
             evaluation_longest=self.length,
-            max_new_tokens=1,
+            max_new_tokens=NEW_TOKENS,
             device="cpu",
         )
 
 
 CELL = tuple(field.name for field in fields(Cell))
+NEW_TOKENS = 16
+EVALUATIONS = [(mode, shape) for mode in ("lora", "nf4") for shape in ((4, 64, 1), (2, 256, 1))]
+"""Modes, and rows and tokens of the held-out batch; its prompts are as long, and answered by NEW_TOKENS."""
+MODES = (("full", False), ("lora", False), ("lora", True), ("nf4", False), ("nf4", True), ("int8", True))
+FITTED = EMBEDDED
+"""What the C library keeps of freed blocks (`memory.RETAINED`) was read off this base's processes."""
 PROCESSES = [
-    Cell(EMBEDDED, mode, checkpointing, 4, 256, 1)
-    for mode, checkpointing in (("full", False), ("lora", False), ("nf4", False), ("nf4", True), ("int8", True))
+    Cell(name, mode, checkpointing, 4, 256, 1) for name in (FITTED, "llama-process") for mode, checkpointing in MODES
 ]
+PROCESS_LLAMA = {
+    "model_type": "llama", "vocab_size": 16384, "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "intermediate_size": 1408,
+}  # fmt: skip
 
 
 WEIGHTS = (
@@ -127,17 +141,7 @@ def shapes(name: str) -> list[tuple[int, int, int]]:
     """Batches, lengths and micro-batches per step; the embedded base takes seconds for each."""
     if name == EMBEDDED:
         return [(1, 64, 2), (4, 64, 1), (2, 256, 1)]
-    return [
-        (1, 64, 1),
-        (1, 64, 2),
-        (2, 64, 1),
-        (4, 64, 2),
-        (1, 256, 1),
-        (2, 256, 2),
-        (4, 256, 1),
-        (1, 512, 2),
-        (2, 512, 1),
-    ]
+    return [(1, 64, 1), (4, 64, 2), (1, 256, 1), (2, 256, 2), (2, 512, 1)]
 
 
 def write_model(config: dict[str, Any], folder: Path) -> Path:
@@ -159,7 +163,7 @@ class Model:
 
     def __init__(self, folder: Path, mode: str, checkpointing: bool, cache: Path) -> None:
         backbone = load_backbone(BaseSpec(source=str(folder)), QuantSpec(bits=BITS[mode]), cache)
-        self.base = backbone.model
+        self.base, self.tokenizer = backbone.model, backbone.tokenizer
         self.pad_id = backbone.tokenizer.pad_id
         self.model = self.base.requires_grad_(True) if mode == "full" else inject(backbone, AdapterSpec(r=R)).model
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -192,6 +196,28 @@ class Model:
         changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
         return max(accumulate(changes, initial=0))
 
+    def evaluation(self, batch: int, length: int) -> dict[str, int]:
+        """The most bytes while a batch of held-out rows is measured, and while as many prompts are answered."""
+        self.model.eval()
+        device, rows = torch.device("cpu"), list(made_rows(batch, length))
+        found = {}
+        for name, work in (
+            ("likelihood", lambda: row_nll(self.model, rows, pad_id=self.pad_id, device=device, batch_size=batch)),
+            ("answers", lambda: self.answer([row.input_ids for row in rows])),
+        ):
+            gc.collect()
+            with Ledger(self.model) as ledger:
+                work()
+            account = ledger.account()
+            found |= {name: account.peak, f"{name}_peak": account.before + account.peak}
+        self.model.train()
+        return found
+
+    def answer(self, prompts: list[list[int]]) -> object:
+        """Greedy answers to all prompts at once."""
+        options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "batch_size": len(prompts)}
+        return generate(self.model, prompts, self.tokenizer, device=torch.device("cpu"), **options)
+
 
 def made_rows(count: int, length: int) -> Iterator[Example]:
     """Rows of random tokens; all but the first are learned."""
@@ -218,23 +244,41 @@ def counted(ledger: Ledger, model: Model) -> dict[str, int]:
 def planned(config: dict[str, Any], cell: Cell) -> dict[str, int]:
     """The plan's terms in bytes, without what Python itself takes.
 
-    `peak` is the plan's for a step under a dispatch mode, as the ledger sees it; `allocated` for a step without.
+    `peak` is held against the ledger, `allocated`, the same number, against the allocator.
     """
     base = architecture(config)
-    plan, watched = (plan_memory(base, cell.setting(), watched=watched) for watched in (False, True))
+    plan = plan_memory(base, cell.setting())
     parts = {part.name: part.bytes.expected for part in plan.parts}
-    context = parts["context"]
+    context = parts["context"] + parts["mapped file"]
     return {
         "weights": sum(parts.get(name, 0) for name in WEIGHTS),
         "adapter": parts["adapter"],
         "gradients": parts["gradients"],
         "optimizer": parts["optimizer"],
         "kept": parts["activations"],
-        "peak": watched.stage("train").bytes.expected - context,
+        "peak": plan.stage("train").bytes.expected - context,
         "allocated": plan.stage("train").bytes.expected - context,
         "train": plan.stage("train").bytes.expected - context,
         "load": plan.stage("load").bytes.expected - context,
     }
+
+
+def planned_evaluation(config: dict[str, Any], cell: Cell) -> dict[str, int]:
+    """The plan's bytes of `Model.evaluation`: beside the weights, and with them."""
+    base, setting = architecture(config), cell.setting()
+    plan = planned(config, cell)
+    resting = plan["weights"] + plan["adapter"]
+    needs = {"likelihood": measuring(base, setting).expected, "answers": generating(base, setting).expected}
+    return needs | {f"{name}_peak": resting + need for name, need in needs.items()}
+
+
+def evaluations(name: str, folder: Path, cache: Path) -> Iterator[dict[str, Any]]:
+    """The cells of evaluation of one architecture."""
+    config = config_of(folder)
+    for mode, shape in EVALUATIONS:
+        cell = Cell(name, mode, False, *shape)
+        measured = Model(folder, mode, False, cache).evaluation(cell.batch, cell.length)
+        yield line(cell, planned_evaluation(config, cell), measured)
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -277,22 +321,32 @@ def resident() -> tuple[int, int]:
 
 
 def process(folder: Path, cell: Cell, cache: Path) -> dict[str, Any]:
-    """In a fresh process: the most resident bytes while loading and in the second step, less what the imports take."""
-    gc.collect()
+    """In a fresh process: the most resident bytes while loading, and in three steps."""
     imports = resident()[0]
-    model = Model(folder, cell.mode, cell.checkpointing, cache)
-    load = resident()[1] - imports
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    model.step(cell.batch, cell.length, cell.micro_batches)
-    return {"load": load, "train": resident()[1] - imports, "imports": imports}
+    model = Model(folder, cell.mode, cell.checkpointing, cache)
+    load = resident()[1]
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(3):
+        model.step(cell.batch, cell.length, cell.micro_batches)
+    return {"imports": imports, "load": load, "train": resident()[1]}
 
 
-def in_processes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """`process` of some cells of the embedded base, each in a process of its own."""
+def in_processes(folders: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """`process` of every cell in a process of its own, and the plan's low and high."""
     for cell in PROCESSES:
-        command = [sys.executable, __file__, "--process", json.dumps(asdict(cell))]
+        command = [sys.executable, __file__, "--process", json.dumps(asdict(cell)), str(folders[cell.architecture])]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        yield line(cell, planned(config, cell), json.loads(done.stdout.splitlines()[-1]))
+        yield of_process(cell, config_of(folders[cell.architecture]), json.loads(done.stdout.splitlines()[-1]))
+
+
+def of_process(cell: Cell, config: dict[str, Any], measured: dict[str, int]) -> dict[str, Any]:
+    """A process's record: what was measured against the plan's stages, and whether it lies between low and high."""
+    plan = plan_memory(architecture(config), cell.setting())
+    stages = {name: asdict(plan.stage(name).bytes) for name in ("load", "train")}
+    found = {name: stages[name]["low"] <= measured[name] <= stages[name]["high"] for name in stages}
+    errors = {name: {end: round(stages[name][end] / measured[name] - 1, 4) for end in stages[name]} for name in stages}
+    return {**asdict(cell), "config": config, "plan": stages, "measured": measured, "error": errors, "inside": found}
 
 
 def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -312,12 +366,16 @@ def main() -> None:
     parser.add_argument("--kept-out", action="store_true", help="the architectures that were kept out, instead")
     parser.add_argument("--only", help="one architecture of the set")
     parser.add_argument("--score", action="store_true", help="score today's plan on what was measured before")
-    parser.add_argument("--process", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--processes", action="store_true", help="resident bytes of whole processes, instead")
+    parser.add_argument("--process", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # bitsandbytes says for every layer that float32 becomes float16
     cache = locations.cache_root().path
     if arguments.process:
-        print(json.dumps(process(locate(BaseSpec(), cache).folder, Cell(**arguments.process), cache)))
+        cell, folder = arguments.process
+        print(json.dumps(process(Path(folder), Cell(**json.loads(cell)), cache)))
+    elif arguments.processes:
+        measure_processes(cache)
     elif arguments.score:
         score()
     else:
@@ -334,12 +392,22 @@ def measure(part: str, only: str | None, cache: Path) -> None:
             else:
                 folder = write_model(configs[name], Path(scratch) / name)
             found = list(shown(cells(name, folder, Path(scratch) / "cache")))
+            evaluated = list(shown(evaluations(name, folder, Path(scratch) / "cache")))
             config = config_of(folder)
-            processes = list(shown(in_processes(config))) if name == EMBEDDED else []
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        entry = {"environment": environment(), "config": config, "cells": found, "process": processes}
+        entry = {"environment": environment(), "config": config, "cells": found, "evaluation": evaluated}
         kept.setdefault(part, {}).setdefault("architectures", {})[name] = entry
         keep(kept)
+
+
+def measure_processes(cache: Path) -> None:
+    """Measure whole processes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        llama = write_model(PROCESS_LLAMA, Path(scratch) / "llama-process")
+        found = list(shown(in_processes({FITTED: locate(BaseSpec(), cache).folder, "llama-process": llama})))
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept["process"] = {"fitted_on": FITTED, "environment": environment(), "cells": found}
+    keep(kept)
 
 
 def shown(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -352,21 +420,37 @@ def shown(lines: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def score() -> None:
     """Hold today's plan against what was measured before: nothing is measured again."""
     kept = json.loads(RESULTS.read_text())
-    for part in kept.values():
-        for entry in part["architectures"].values():
-            for records in (entry["cells"], entry["process"]):
+    for name in SETS:
+        for entry in kept.get(name, {}).get("architectures", {}).values():
+            for records, plan in ((entry["cells"], planned), (entry.get("evaluation", []), planned_evaluation)):
                 for record in records:
                     cell = Cell(**{key: record[key] for key in CELL})
-                    record.update(line(cell, planned(entry["config"], cell), record["measured"]))
+                    record.update(line(cell, plan(entry["config"], cell), record["measured"]))
+    for record in kept.get("process", {}).get("cells", []):
+        cell = Cell(**{key: record[key] for key in CELL})
+        record.update(of_process(cell, record["config"], record["measured"]))
     keep(kept)
 
 
 def keep(kept: dict[str, Any]) -> None:
     """Sum every set up, and write the results with one cell a line."""
-    for part in kept.values():
-        entries = part["architectures"].values()
-        part["summary"] = summary([record for entry in entries for record in entry["cells"]])
-    print(json.dumps({name: part["summary"] for name, part in kept.items()}, indent=1))
+    for name in set(SETS) & set(kept):
+        entries = kept[name]["architectures"]
+        for kind in ("cells", "evaluation"):
+            kept[name][f"summary of {kind}"] = summary([each for e in entries.values() for each in e.get(kind, [])])
+        kept[name]["within by architecture"] = {
+            each: {term: found["within"] for term, found in summary(entry["cells"]).items()}
+            for each, entry in entries.items()
+        }
+    if "process" in kept:
+        cells = kept["process"]["cells"]
+        kept["process"]["inside"] = {
+            name: [sum(all(c["inside"].values()) for c in own), len(own)]
+            for name in sorted({c["architecture"] for c in cells})
+            for own in [[c for c in cells if c["architecture"] == name]]
+        }
+    totals = {name: {key: value for key, value in part.items() if key not in BULK} for name, part in kept.items()}
+    print(json.dumps(totals, indent=1))
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(kept).replace('{"architecture"', '\n{"architecture"') + "\n")
 

@@ -42,6 +42,9 @@ def shard(model: Any, device: torch.device, processes: int, *, reshard: bool = T
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "generate")
+    for module in model.modules():
+        if "hf_device_map" in vars(module):  # where it was loaded; accelerate refuses 4-bit models that lie elsewhere
+            module.hf_device_map = {"": device}
 
 
 def hold_packed_bytes_as(dtype: torch.dtype, model: nn.Module) -> int:

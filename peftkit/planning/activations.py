@@ -33,19 +33,18 @@ class _Case:
     setting: Setting
     masked: bool
     accumulating: bool
-    watched: bool
 
 
-def activations(
-    architecture: Architecture, setting: Setting, *, masked: bool = False, watched: bool = False
-) -> Activations:
+def activations(architecture: Architecture, setting: Setting, *, masked: bool = False) -> Activations:
     """The activations of a micro-batch of the longest rows; `masked`: its rows are of different lengths.
 
     Blocks are alike, so three of them are walked and the rest follow by proportion.
     """
     # Only what matters, so that settings that differ elsewhere share one answer.
-    plain = replace(setting, optim="sgd", rows_per_step=1, evaluation_batch=1, evaluation_longest=1, max_new_tokens=1)
-    return _activations(_Case(architecture, plain, masked, setting.rows_per_step > setting.micro_batch, watched))
+    plain = replace(setting, optim="sgd", rows_per_step=1, activation_offloading=False, double_quant=True)
+    plain = replace(plain, evaluation_batch=1, evaluation_longest=1, max_new_tokens=1)
+    masked = masked or architecture.family.always_masked
+    return _activations(_Case(architecture, plain, masked, setting.rows_per_step > setting.micro_batch))
 
 
 @lru_cache(maxsize=512)
@@ -83,8 +82,7 @@ def _trace(case: _Case, blocks: int) -> Trace:
         x = block(x)
     tape.begin(False, x)
     loss, held = _head(layers, block, x)
-    walk = Backward(tape, gradients_are_there=case.accumulating, watched=case.watched)
-    return walk.walk(loss, held + _casts(case))
+    return Backward(tape, gradients_are_there=case.accumulating).walk(loss, held + _casts(case))
 
 
 def _casts(case: _Case) -> int:
@@ -141,14 +139,22 @@ class Block:
         self.named = {linear.name: linear for linear in self.architecture.linears}
 
     def embed(self) -> Tensor:
-        """The embedded tokens; checkpointing asks for a gradient at them."""
-        layers = self.layers
+        """The embedded tokens; checkpointing asks for a gradient at them, and so they stay as long as the graph."""
+        layers, tape, positions = self.layers, self.tape, self.architecture.position_parameters
         numbers = layers.tokens * self.architecture.hidden
         if layers.full:
             count = self.architecture.vocabulary * self.architecture.hidden
-            self.table = self.tape.weight(count, layers.plain, uses=2 if self.architecture.tied else 1)
-            return self.tape.op([self.table], numbers, layers.plain)
-        return self.tape.fresh(numbers, layers.plain, layers.setting.gradient_checkpointing)
+            self.table = tape.weight(count, layers.plain, uses=2 if self.architecture.tied else 1)
+            embedded = tape.op([self.table], numbers, layers.plain)
+        else:
+            embedded = tape.fresh(numbers, layers.plain, layers.setting.gradient_checkpointing)
+            if embedded.needs_grad:
+                tape.keep(embedded)
+        if positions:
+            table = [tape.weight(positions, layers.plain)] if layers.full else []
+            rows = tape.op(table, layers.length * self.architecture.hidden, layers.plain)
+            return tape.op([embedded, rows], numbers, layers.plain, passes_on=True)
+        return tape.like(embedded) if self.family.scaled_embedding else embedded
 
     def __call__(self, x: Tensor) -> Tensor:
         """The block's result for x."""

@@ -57,6 +57,8 @@ class Architecture:
     """Linear layers of the blocks: what is quantized, and what `all-linear` adapts. The head is not among them."""
     embedding_parameters: int
     """Word and learned position embeddings."""
+    position_parameters: int
+    """The learned position embeddings among them."""
     norm_parameters: int
     bias_parameters: int
     """Biases of the linear layers and of the head."""
@@ -64,6 +66,8 @@ class Architecture:
     """Stacked experts and their routers."""
     head_parameters: int
     """Entries of the head's weight; 0 where it is tied."""
+    stored: int
+    """Bytes of a number in the base's file; 2 where config.json does not say."""
 
     @property
     def queries(self) -> int:
@@ -162,11 +166,13 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         experts=experts,
         linears=linears,
         embedding_parameters=vocabulary * embedding + positions,
+        position_parameters=positions,
         norm_parameters=norm_parameters(shape, keys, family, head_dim, qk_norm),
         bias_parameters=sum(linear.out * linear.count for linear in linears if linear.bias)
         + (vocabulary if family.head_bias else 0),
         expert_parameters=expert_parameters(hidden, experts),
         head_parameters=0 if tied else vocabulary * embedding,
+        stored=4 if keys.get("dtype", "torch_dtype") == "float32" else 2,
     )
 
 

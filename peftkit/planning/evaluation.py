@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
+
+from peftkit.planning.activations import Block
 from peftkit.planning.architecture import Architecture
-from peftkit.planning.layers import FLOAT32, SIZES
+from peftkit.planning.layers import FLOAT32, SIZES, Layers
 from peftkit.planning.ranges import Part, Range, exactly
 from peftkit.planning.setting import Setting
+from peftkit.planning.tape import Tape, forward_peak
 
 LOGITS_BYTES = 1 << 30
 """`generation.forward.LOGITS_BYTES`: batches whose logits would pass this are split; planning may not import it."""
 BYTES_PER_LOGIT = 10
-"""16-bit logits, their float32 copy and its log-softmax."""
+"""16-bit logits, their float32 copy and its log-softmax: what batches are split by."""
 
 
 def evaluated_rows(architecture: Architecture, setting: Setting) -> int:
@@ -23,47 +28,65 @@ def evaluation_logits(architecture: Architecture, setting: Setting) -> Part:
     """The head at the labelled positions of the held-out rows; `high` has a label at every position."""
     rows, length = evaluated_rows(architecture, setting), setting.evaluation_longest
     share = min(1.0, setting.labelled / setting.longest)
-    whole = rows * length * architecture.vocabulary * BYTES_PER_LOGIT
-    formula = f"{rows} rows × {length:,} tokens × {architecture.vocabulary:,} × {BYTES_PER_LOGIT} B × labelled share"
+    size = SIZES[setting.compute_dtype]
+    each = 2 * FLOAT32 if size == FLOAT32 else size + 2 * FLOAT32  # logits, in float32, and their log-softmax
+    whole = rows * length * architecture.vocabulary * each
+    formula = f"{rows} rows × {length:,} tokens × {architecture.vocabulary:,} × {each} B × labelled share"
     return Part("evaluation logits", Range(int(whole * share), int(whole * share), whole), formula)
 
 
 def kv_cache(architecture: Architecture, setting: Setting) -> Part:
     """Keys and values of every layer for prompts and answers; sliding layers keep their window."""
-    size, length = SIZES[setting.dtype], setting.evaluation_longest + setting.max_new_tokens
+    length = setting.evaluation_longest + setting.max_new_tokens
+    per_token = f"{architecture.layers} layers × 2 × {architecture.keys} × {SIZES[setting.dtype]} B"
+    formula = f"{setting.evaluation_batch} rows × {length:,} tokens × {per_token}"
+    return Part("KV cache", exactly(_cached(architecture, setting, length)), formula)
+
+
+def _cached(architecture: Architecture, setting: Setting, length: int) -> int:
     sliding = architecture.sliding_layers
     window = min(length, architecture.window) if sliding else 0
     tokens = (architecture.layers - sliding) * length + sliding * window
-    total = setting.evaluation_batch * tokens * 2 * architecture.keys * size
-    per_token = f"{architecture.layers} layers × 2 × {architecture.keys} × {size} B"
-    formula = f"{setting.evaluation_batch} rows × {length:,} tokens × {per_token}"
-    return Part("KV cache", exactly(total), formula)
+    return setting.evaluation_batch * tokens * 2 * architecture.keys * SIZES[setting.dtype]
 
 
-def forward_scratch(architecture: Architecture, setting: Setting, tokens: int) -> int:
-    """The widest moment of a block's forward pass without a backward one: the MLP, its input and the residual."""
-    size = SIZES[setting.compute_dtype]
-    experts = architecture.experts
-    inner = architecture.intermediate if experts is None else experts.per_token * experts.intermediate + experts.shared
-    wide = (3 if architecture.family.gated else 2) * inner * size
-    adapted = inner * FLOAT32 if setting.method != "full" and size < FLOAT32 else 0
-    return tokens * (wide + adapted + 3 * architecture.hidden * SIZES[setting.dtype])
+@lru_cache(maxsize=512)
+def _reading(architecture: Architecture, setting: Setting, rows: int) -> int:
+    """The widest moment of the last block's forward pass over the longest rows, and what lives through it."""
+    tape = Tape()
+    layers = Layers(tape, architecture, setting, rows, setting.evaluation_longest)
+    x = tape.fresh(layers.tokens * architecture.hidden, layers.plain, needs_grad=True)  # only such are written down
+    tape.begin(False, x)
+    Block(layers, masked=False)(x)
+    tables = 2 * layers.tokens * architecture.head_dim * x.size if architecture.family.rotary else 0
+    return forward_peak(tape) + 3 * x.bytes + tables  # held by frames: the embedded tokens, the inputs of block and MLP
+
+
+def reading(architecture: Architecture, setting: Setting, rows: int) -> int:
+    """Bytes of the forward pass of so many of the longest held-out rows, without cache and head."""
+    # Only what matters, so that settings that differ elsewhere share one answer.
+    plain = replace(setting, optim="sgd", rows_per_step=1, micro_batch=1, gradient_checkpointing=False)
+    plain = replace(plain, activation_offloading=False, double_quant=True, labelled=1, longest=1, lora_dropout=0.0)
+    plain = replace(plain, evaluation_batch=1, max_new_tokens=1)
+    return _reading(architecture, plain, rows)
 
 
 def measuring(architecture: Architecture, setting: Setting) -> Range:
     """Bytes of the NLL of one batch of held-out rows."""
-    tokens = evaluated_rows(architecture, setting) * setting.evaluation_longest
-    block = exactly(forward_scratch(architecture, setting, tokens))
-    resting = exactly(tokens * architecture.hidden * SIZES[setting.dtype])
-    return block.or_more(evaluation_logits(architecture, setting).bytes + resting)
+    rows = evaluated_rows(architecture, setting)
+    return exactly(reading(architecture, setting, rows)).or_more(evaluation_logits(architecture, setting).bytes)
 
 
 def generating(architecture: Architecture, setting: Setting) -> Range:
-    """Bytes of answering one batch of prompts: the cache, and reading the prompts or growing one layer's cache."""
-    cache = kv_cache(architecture, setting).bytes
-    reading = forward_scratch(architecture, setting, setting.evaluation_batch * setting.evaluation_longest)
-    # A cache grows by concatenation: one layer's keys and values are there twice; masked rows repeat them per head.
+    """Bytes of answering one batch of prompts: reading them, or the last token with the whole cache."""
+    size, batch = SIZES[setting.dtype], setting.evaluation_batch
     length = setting.evaluation_longest + setting.max_new_tokens
-    growing = 2 * setting.evaluation_batch * length * architecture.queries * SIZES[setting.dtype]
-    heads = setting.evaluation_batch * architecture.vocabulary * (SIZES[setting.dtype] + FLOAT32)
-    return cache + Range(max(reading, growing), max(reading, growing) + heads, reading + growing + heads)
+    prompts = _cached(architecture, setting, setting.evaluation_longest) + reading(architecture, setting, batch)
+    # A cache grows by concatenation: one layer's keys are there twice; padded rows repeat keys and values per head.
+    growing = batch * length * architecture.keys * size
+    repeating = 2 * batch * length * architecture.queries * size
+    logits = batch * architecture.vocabulary * (size + FLOAT32)
+    cache = _cached(architecture, setting, length)
+    last = Range(*(cache + max(logits, each) for each in (growing, growing, growing + repeating)))
+    padded = prompts + 2 * batch * setting.evaluation_longest * architecture.queries * size
+    return Range(prompts, prompts, padded).or_more(last)

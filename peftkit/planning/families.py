@@ -53,6 +53,8 @@ class Family:
     scaled_embedding: bool = False
     scaled_residual: bool = False
     experts: bool = False
+    always_masked: bool = False
+    """Every layer makes a mask, also where no row is padded (`allow_is_causal_skip=False`)."""
     quantizable: bool = True
     """Falcon's own linear class is not what transformers hands to bitsandbytes."""
     sliding: Literal["all", "alternate", "five_of_six"] | None = None
@@ -118,6 +120,7 @@ FAMILIES: dict[str, Family] = {
     "falcon": replace(
         _NEOX, tied=True, attention="self_attention", qkv_bias=("bias", False), output_bias=("bias", False),
         mlp_bias=("bias", False), parallel=("parallel_attn", True), quantizable=False, partial_rotary=False,
+        always_masked=True,
     ),
     "mixtral": replace(_LLAMA, qkv_bias=False, output_bias=False, mlp_bias=False, experts=True, sliding="all"),
     "qwen2_moe": replace(_LLAMA, qkv_bias=True, output_bias=False, mlp_bias=False, experts=True),

@@ -14,6 +14,7 @@ from peftkit.planning.setting import Setting
 from peftkit.planning.weights import (
     adapter,
     gradients,
+    held_bits,
     largest_tensor,
     optimizer,
     trained_parameters,
@@ -26,12 +27,13 @@ __all__ = ["MemoryPlan", "Part", "Range", "Stage", "StageName", "exactly", "plan
 MIB = 1 << 20
 CONTEXT = Range(133 * MIB, 140 * MIB, 500 * MIB)
 """CUDA's own: 133 to 147 MiB on a T4 (fitcheck), more where more kernels are loaded."""
-PROCESS = Range(350 * MIB, 550 * MIB, 900 * MIB)
-"""Python with torch, transformers, peft and trl on a CPU, before a base is loaded."""
+PROCESS = Range(440 * MIB, 600 * MIB, 750 * MIB)
+"""Python with torch, transformers, peft, trl and bitsandbytes on a CPU: 436 to 527 MiB after the imports, and about 60
+to 120 MiB of kernels after the first step (benchmarks/plan_ledger.py --processes)."""
 FRAGMENTATION = (0.0, 0.0, 0.2)
-"""Share of what comes and goes in a step that the allocator holds besides: up to 20 % (methods, section 2.10)."""
-CHECKPOINT = 2
-"""Bytes of a number in the file of a base; most uploads are 16-bit."""
+"""Share of what comes and goes in a step that CUDA's allocator holds besides: up to 20 % (methods, section 2.10)."""
+RETAINED = (0.0, 0.0, 2.0)
+"""The same of glibc's, which keeps freed blocks below 32 MB: up to twice the step, read off SmolLM2's processes."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,19 @@ class MemoryPlan:
         return lines
 
 
-def plan_memory(architecture: Architecture, setting: Setting, *, watched: bool = False) -> MemoryPlan:
+def plan_memory(architecture: Architecture, setting: Setting) -> MemoryPlan:
     """The memory of a run of this setting on this base; bytes of the device, on a CPU of the whole process.
 
-    `watched` counts as a torch dispatch mode sees a step: under one, autograd adds no gradient in place. Raises
-    BaseError when an ending of target_modules fits no layer.
+    Raises BaseError when an ending of target_modules fits no layer.
     """
     held = list(weights(architecture, setting))
-    step = activations(architecture, setting, watched=watched)
-    padded = activations(architecture, setting, masked=setting.micro_batch > 1, watched=watched)
+    step = activations(architecture, setting)
+    padded = activations(architecture, setting, masked=setting.micro_batch > 1)
     own = [adapter(architecture, setting), gradients(architecture, setting), optimizer(architecture, setting)]
     around = Part("context", *_context(setting))
+    mapped = Part(
+        "mapped file", _mapped(architecture, setting), "quantized layers' originals, which the system may drop"
+    )
     parts = [
         *held,
         *own,
@@ -100,9 +104,10 @@ def plan_memory(architecture: Architecture, setting: Setting, *, watched: bool =
         Part("allocator", _fragmentation(step, setting), "blocks that are too small to be used again"),
         evaluation_logits(architecture, setting),
         kv_cache(architecture, setting),
+        mapped,
         around,
     ]
-    resting = _total(held) + own[0].bytes
+    resting = _total(held) + own[0].bytes + mapped.bytes
     stages = (
         Stage("load", around.bytes + _loading(architecture, setting, _total(held))),
         Stage("train", around.bytes + resting + _training(architecture, setting, step, padded, own)),
@@ -143,10 +148,18 @@ def _again(setting: Setting) -> str:
 
 
 def _fragmentation(step: Activations, setting: Setting) -> Range:
-    if setting.device != "cuda":
-        return NOTHING
-    low, expected, high = (int(share * step.peak) for share in FRAGMENTATION)
+    shares = FRAGMENTATION if setting.device == "cuda" else RETAINED
+    low, expected, high = (int(share * step.peak) for share in shares)
     return Range(low, expected, high)
+
+
+def _mapped(architecture: Architecture, setting: Setting) -> Range:
+    """On a CPU, tensors that have the file's dtype are used where it is mapped, and that keeps all of it mapped."""
+    same = SIZES[setting.dtype] == architecture.stored
+    if setting.device == "cuda" or not same or held_bits(architecture, setting) not in (4, 8):
+        return NOTHING
+    size = architecture.linear_parameters * architecture.stored
+    return Range(0, size, size)
 
 
 def _training(
@@ -169,10 +182,13 @@ def _evaluating(architecture: Architecture, setting: Setting, own: list[Part]) -
 
 def _loading(architecture: Architecture, setting: Setting, held: Range) -> Range:
     """Weights, and the tensor that is on its way; a CPU process has the whole file mapped as well."""
-    flight = largest_tensor(architecture) * CHECKPOINT
+    flight = largest_tensor(architecture) * architecture.stored
     if setting.device == "cuda":
         return held + Range(0, flight, 2 * flight)
-    return held + Range(flight, architecture.parameters * CHECKPOINT, architecture.parameters * CHECKPOINT)
+    file = architecture.parameters * architecture.stored
+    if SIZES[setting.dtype] == architecture.stored and held_bits(architecture, setting) > 8:
+        return Range(0, held.expected, held.high + flight)  # the map is the weights, and is read when they are used
+    return held + Range(flight, file, file + 2 * flight)
 
 
 def _saving(architecture: Architecture, setting: Setting, own: list[Part]) -> Range:
@@ -188,4 +204,4 @@ def _saving(architecture: Architecture, setting: Setting, own: list[Part]) -> Ra
 def _merging(architecture: Architecture) -> Range:
     """Tensor by tensor in float64: the weight, its delta and their sum, beside the tensor in the file's dtype."""
     largest = max(linear.out * linear.into for linear in architecture.linears)
-    return exactly(largest * (3 * 8 + 2 * CHECKPOINT))
+    return exactly(largest * (3 * 8 + 2 * architecture.stored))

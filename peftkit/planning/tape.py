@@ -1,7 +1,8 @@
 """What autograd keeps alive, counted on symbolic tensors: a forward pass is written down, a backward pass is walked.
 
 Rules (torch 2.13, `autograd/engine.cpp`): nodes run in the reverse of the order they were made in; a node's saved
-tensors are released when it has run; a gradient that meets another is added in place unless it shares its storage.
+tensors are released when it has run; a gradient that meets another is added in new memory (`input_buffer.cpp` adds in
+place only where the first one shares its storage with no view, and what linear layers and reshapes send are views).
 """
 
 from __future__ import annotations
@@ -176,18 +177,44 @@ class _Live:
     def touch(self, extra: int) -> None:
         self.peak = max(self.peak, self.now + extra)
 
+    def forward(self, nodes: Sequence[Node], *, saving: bool) -> None:
+        """Run a forward pass: a result lives as long as it is saved, or an operation still reads it."""
+        last = {id(tensor.storage): node for node in nodes for tensor in node.inputs}
+        made: set[int] = set()
+        done: list[Storage] = []
+        for node in nodes:
+            output = node.output.storage
+            if id(output) in last and id(output) not in made:
+                made.add(id(output))
+                self.take(output)
+            for storage in node.saved if saving else ():
+                self.take(storage)
+            self.touch(node.temporary)
+            ended = done
+            read = {id(tensor.storage): tensor.storage for tensor in node.inputs}
+            done = [storage for key, storage in read.items() if last[key] is node and key in made]
+            if not saving:
+                ended, done = done, []
+            for storage in ended:  # what is saved is let go a little later: the caller's variable held it
+                self.drop(storage)
+        for storage in done:
+            self.drop(storage)
+
+
+def forward_peak(tape: Tape) -> int:
+    """Most bytes that the last segment's results take while it runs and nothing is saved."""
+    live = _Live()
+    live.forward(tape.segments[-1].nodes, saving=False)
+    return live.peak
+
 
 class Backward:
     """The backward pass of a tape whose last segment is the head, and whose first is the embedding."""
 
-    def __init__(self, tape: Tape, *, gradients_are_there: bool, watched: bool) -> None:
-        """With `gradients_are_there` an earlier micro-batch left weight gradients, and new ones are added to them.
-
-        `watched`: under a torch dispatch mode, where autograd never adds gradients in place (`isTensorSubclassLike`).
-        """
+    def __init__(self, tape: Tape, *, gradients_are_there: bool) -> None:
+        """With `gradients_are_there` an earlier micro-batch left weight gradients, and new ones are added to them."""
         self.tape = tape
         self.gradients_are_there = gradients_are_there
-        self.watched = watched
         self.live = _Live()
         self.grads: dict[int, Storage] = {}
         self.sent: Counter[int] = Counter()
@@ -229,31 +256,11 @@ class Backward:
 
     def _segment(self, segment: Segment) -> None:
         if segment.checkpointed:
-            self._recompute(segment)
+            self.live.forward(segment.nodes, saving=True)
         for node in reversed(segment.nodes):
             self._run(node)
         if segment.checkpointed and segment.entry is not None:
             self.live.drop(segment.entry)
-
-    def _recompute(self, segment: Segment) -> None:
-        """Run a segment's forward pass: a result lives as long as it is saved, or an operation still reads it."""
-        last = {id(tensor.storage): node for node in segment.nodes for tensor in node.inputs}
-        made: set[int] = set()
-        done: list[Storage] = []
-        for node in segment.nodes:
-            output = node.output.storage
-            if id(output) in last and id(output) not in made:
-                made.add(id(output))
-                self.live.take(output)
-            for storage in node.saved:
-                self.live.take(storage)
-            self.live.touch(node.temporary)
-            for storage in done:  # the caller's variable still held it while this operation ran
-                self.live.drop(storage)
-            read = {id(tensor.storage): tensor.storage for tensor in node.inputs}
-            done = [storage for key, storage in read.items() if last[key] is node and key in made]
-        for storage in done:
-            self.live.drop(storage)
 
     def _run(self, node: Node) -> None:
         outputs = (node.output, *node.siblings)
@@ -282,13 +289,8 @@ class Backward:
                 self.live.drop(self.grads.pop(key))
 
     def _sum(self, first: Storage, second: Storage) -> Storage:
-        """A gradient that nothing else reads takes the sum; otherwise it needs memory of its own."""
+        """A linear layer's gradients are views of another tensor, which take no sum: it needs memory of its own."""
         live, total = self.live, Storage(first.bytes)
-        if not self.watched:
-            for own, other in ((first, second), (second, first)):
-                if live.counts[id(own)] == 1:
-                    live.drop(other)
-                    return own
         live.take(total)
         live.drop(first)
         live.drop(second)

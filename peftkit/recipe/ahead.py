@@ -46,6 +46,7 @@ class Ahead:
     target: Target
     folder: RunFolder | None
     registry: Path
+    resumed: bool
     report: Report
 
     def plan(self) -> Forecast | None:
@@ -60,9 +61,11 @@ class Ahead:
             return None
         found = forecast(shape, self.given, lengths_of(self.data, self.given), self.target)
         found.tell(self.report)
-        if self.folder is not None:
+        if self.folder is not None and not self.resumed:
             self.folder.write_json("plan.json", found.as_record())
         found.check_memory(self.report)
+        if self.resumed:  # its checkpoints are on the disk already
+            return found
         runs = self.folder.path if self.folder else locations.runs_root().path
         found.check_disk({"runs": runs, "registry": self.registry})
         return found
@@ -113,9 +116,9 @@ def _against(found: Probe, plan: Forecast | None, tuned: Tuned) -> list[tuple[st
     if plan is not None:
         memory = plan.memory
         weight_bytes = sum(part.bytes.expected for part in memory.parts if part.name in _WEIGHTS)
-        # The allocator does not see CUDA's context, and the probe updates nothing, so has no optimizer states.
+        # The allocator does not see CUDA's context.
         around = memory.part("context").bytes.expected if plan.target.device == "cuda" else 0
-        step_bytes = memory.stage("train").bytes.expected - memory.part("optimizer").bytes.expected - around
+        step_bytes = memory.stage("train").bytes.expected - around
         measured_bytes = memory.stage("evaluate").bytes.expected - around
         if plan.time is not None:
             rate = plan.setting.rows_per_step * plan.lengths.mean / plan.time.step.expected

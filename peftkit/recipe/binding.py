@@ -28,12 +28,13 @@ class Binding:
 
     def settings(self, recipe: Recipe, resolved: Resolved[Any]) -> None:
         """Bind to the recipe, its settings and the versions, before anything costs time."""
+        from peftkit.recipe.groups import by_kind
         from peftkit.training.bound import settings
 
         self._bind(
             versions={name: version for name, version in versions().items() if name != "python"},
             recipe={"name": recipe.name, "SHA-256": recipe.sha256[:16]},
-            settings=settings(resolved.as_dict()),
+            settings=settings(by_kind(resolved.config)),
             # Another number of them adds up gradients in another order, and draws other dropout.
             processes={"number": launched().size, "base": launched().how},
         )

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit import locations
-from peftkit.config import Resolved, dump_yaml
+from peftkit.config import Resolved
 from peftkit.environment import environment
-from peftkit.errors import RunError
+from peftkit.errors import RunError, TrainingError
 from peftkit.events import Decision, Event, Note, Progress, Report, silent
 from peftkit.process_group import ProcessGroup, launched
 from peftkit.recipe.binding import Binding
@@ -83,14 +83,15 @@ def execute(
         recorded(Note(f"run {folder.id} in {folder.path}"))
         if group.size > 1:
             recorded(Decision("processes", f"{group.size}", f"base {group.how}; each step's rows are shared out"))
-        with _recorded_end(run, folder, report):
+        with _recorded_end(run, folder, report, resumed=resume is not None):
             if resume is not None:
                 run.start = _newest(resume, recorded)
+            elif group.leads:
+                keep_recipe(recipe, folder)
             run.binding = Binding(folder.id, run.start.state["bound_to"] if run.start else None)
             if budget:
                 run.fit(budget)
             run.binding.settings(recipe, run.resolved)
-            folder.write_text("config.yaml", dump_yaml(run.resolved.as_dict()))
             recipe.main(run.resolved.config, run)
     return Result(folder.id, run.saved.reference if run.saved else None, run.figures)
 
@@ -98,9 +99,7 @@ def execute(
 def _folder(recipe: Recipe, resolved: Resolved[Any], runs: Path | None, resume: RunStatus | None) -> RunFolder:
     if resume is not None:
         return RunFolder.reopen(resume.path)
-    folder = RunFolder.create(locations.runs_root(runs).path, recipe.name, resolved.as_dict(), environment())
-    keep_recipe(recipe, folder)
-    return folder
+    return RunFolder.create(locations.runs_root(runs).path, recipe.name, resolved.as_dict(), environment())
 
 
 @contextmanager
@@ -121,20 +120,27 @@ def _joined(group: ProcessGroup) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_end(run: Run, folder: RunFolder, report: Report) -> Iterator[None]:
-    """Write into the run's folder how what stands inside ended."""
+def _recorded_end(run: Run, folder: RunFolder, report: Report, *, resumed: bool) -> Iterator[None]:
+    """Write into the run's folder how what stands inside ended; a run that was not gone on with stays as it was."""
     try:
         yield
     except (KeyboardInterrupt, Interrupted) as error:
+        if resumed and not run.begun:
+            folder.give_back()
+            raise
         folder.finish("interrupted", error=str(error), figures=run.figures)
         if isinstance(error, Interrupted):
             raise
         raise Interrupted(f"run {folder.id} was interrupted{_kept(folder)}", hint=how_to_resume(folder)) from None
     except BaseException as error:
+        if resumed and not run.begun:
+            folder.give_back()
+            raise
         folder.finish("failed", error=f"{type(error).__name__}: {error}", figures=run.figures)
         if kept := _kept(folder):
-            report(Note(f"run {folder.id} failed after training{kept}"))
-        if (how := how_to_resume(folder)) and run.start is None:
+            report(Note(f"run {folder.id} failed{kept}"))
+        # What stopped training itself would stop it again; what came after can be done again.
+        if (how := how_to_resume(folder)) and ("training" in run.figures or not isinstance(error, TrainingError)):
             report(Note(how))
         raise
     folder.finish("done", saved_as=run.saved.reference if run.saved else None, figures=run.figures)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.base.ref import LocatedBase
+from peftkit.base.ref import BaseSpec, LocatedBase
 
 if TYPE_CHECKING:
     from peftkit.backbone.load import Backbone
@@ -27,14 +29,33 @@ def base_fields(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def without_paths(config: dict[str, Any], base: LocatedBase) -> dict[str, Any]:
-    """Settings as the registry keeps them: names without the folders of this machine, instructions as a digest."""
-    data, evaluate = dict(config.get("data") or {}), dict(config.get("evaluate") or {})
-    if isinstance(config.get("base"), dict):
-        config = {**config, "base": {**config["base"], "source": base.portable}}
-    for group, key in ((data, "train"), (data, "held_out"), (evaluate, "retention")):
-        if isinstance(group.get(key), str):
-            group[key] = Path(group[key]).name
-    if evaluate.get("instructions"):
-        evaluate["instructions"] = "sha256:" + hashlib.sha256(str(evaluate["instructions"]).encode()).hexdigest()
-    return {**config, **({"data": data} if data else {}), **({"evaluate": evaluate} if evaluate else {})}
+def without_paths(config: Mapping[str, Any], base: LocatedBase) -> dict[str, Any]:
+    """Settings as the registry keeps them: names without the folders of this machine, instructions as a digest.
+
+    Any text that names a file or an absolute path keeps its last part alone, whatever group it stands in.
+    """
+    kept = {key: _without_paths(value) for key, value in config.items()}
+    for key, group in config.items():
+        if not isinstance(group, Mapping):
+            continue
+        if group.get("instructions"):
+            kept[key]["instructions"] = "sha256:" + hashlib.sha256(str(group["instructions"]).encode()).hexdigest()
+        if set(group) == set(BaseSpec.model_fields):
+            kept[key]["source"] = base.portable
+    return kept
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(text: str) -> bool:
+    if len(text) > 4096 or "\n" in text or "\0" in text:
+        return False
+    with contextlib.suppress(OSError):
+        return Path(text).expanduser().is_absolute() or ("/" in text and Path(text).exists())
+    return True

@@ -75,7 +75,7 @@ class Forecast:
         peak = limit.bytes
         need = f"{size(peak.expected)} ({_between(peak)}) to {limit.name}"
         fact = f"the plan needs {need}, and {self.target.name} has {size(room)}"
-        hint = f"let peftkit find a setting that fits: --budget {_as_flag(room)}"
+        hint = f"let peftkit find settings that fit: --budget {_as_flag(room)}; if you know better, give a larger one"
         if peak.low > room:
             raise OutOfMemory(fact, expected="a plan that fits", hint=hint)
         if peak.high > room:
@@ -166,6 +166,8 @@ def changes(given: Groups, before: Setting, after: Setting) -> dict[str, Any]:
     ):
         if getattr(after, name) != getattr(before, name):
             values[f"{key}.{name}"] = getattr(after, name)
+    if after.bits != before.bits:  # what train.optim=auto means depends on them
+        values[f"{train}.optim"] = after.optim
     if after.evaluation_batch != before.evaluation_batch:
         values[f"{evaluate}.batch_size"] = after.evaluation_batch
     if after.longest != before.longest:

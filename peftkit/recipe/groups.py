@@ -31,14 +31,30 @@ class Groups:
     """Group → the field of the recipe's Config that holds it."""
 
 
+_KINDS: dict[str, type[Spec]] = {
+    "base": BaseSpec,
+    "quant": QuantSpec,
+    "adapter": AdapterSpec,
+    "data": DataSpec,
+    "train": TrainSpec,
+    "evaluate": EvaluateSpec,
+}
+
+
+def by_kind(config: Any) -> dict[str, Any]:
+    """A recipe's settings as plain values, its groups under our names for them."""
+    plain = config.model_dump(mode="json")
+    kinds = {name: type(getattr(config, name)) for name in plain}
+    ours: dict[Any, str] = {kind: group for group, kind in _KINDS.items()}
+    return {ours.get(kinds[name], name): value for name, value in plain.items()}
+
+
 def groups(config: Any) -> Groups:
     """The groups of a recipe's settings. Raises ConfigError naming what a recipe lacks to be planned."""
     fields = {name: getattr(config, name) for name in type(config).model_fields}
     found: dict[str, Any] = {}
     names: dict[str, str] = {}
-    kinds = {"base": BaseSpec, "quant": QuantSpec, "adapter": AdapterSpec, "data": DataSpec, "train": TrainSpec,
-             "evaluate": EvaluateSpec}  # fmt: skip
-    for group, kind in kinds.items():
+    for group, kind in _KINDS.items():
         name = next((name for name, value in fields.items() if type(value) is kind), None)
         if name is None and group != "evaluate":
             raise ConfigError([f"the recipe has no {kind.__name__} among its settings, so it cannot be planned"])

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.config import Resolved
+from peftkit.config import Resolved, dump_yaml
 from peftkit.environment import environment
 from peftkit.errors import OutOfMemory, RunError
 from peftkit.events import Note, Report, Warned, silent
@@ -68,6 +68,8 @@ class Run:
     """Where the adapter is kept when that is not `registry`."""
     target: Target | None = None
     """What the run has to fit into; None is this machine."""
+    begun: bool = False
+    """Whether training was reached; before it, a run that is resumed is as it was."""
     start: Checkpoint | None = None
     """Where a resumed run goes on."""
     binding: Binding | None = None
@@ -97,10 +99,10 @@ class Run:
         if isinstance(evaluate, EvaluateSpec):
             preflight(evaluate, self._data.held_out.rows, tokenizer)
         self._audited_from = (base, data)
-        if self.folder is not None:
-            self.folder.write_json("audit.json", self._data.record())
         if self.binding is not None:
             self.binding.data(self._data)
+        if self.folder is not None and self.start is None:
+            self.folder.write_json("audit.json", self._data.record())
         return self._data
 
     def fit(self, budget: str) -> None:
@@ -148,6 +150,7 @@ class Run:
             self.target or this_machine(quant),
             self.folder,
             self.registry.root,
+            self.start is not None,
             self.report,
         )
         plan = ahead.plan()
@@ -181,6 +184,8 @@ class Run:
         folder = self._folder()
         if self.binding is not None:
             folder.write_json("binding.json", self.binding.values)
+        folder.write_text("config.yaml", dump_yaml(self.resolved.as_dict()))
+        self.begun = True
         try:
             trained = train(
                 tuned,

@@ -52,6 +52,8 @@ class RunFolder:
         self.notify: Callable[[Event], None] = silent
         """Told once, by a Warned, when the first line is lost."""
         self._status = dict(status)
+        self._before: Mapping[str, Any] | None = None
+        """The status that a reopened run had."""
         self._lock = lock
         # Seconds of the processes before this one count as passed.
         self._clock = time.monotonic() - float(status["seconds"] or 0.0)
@@ -120,11 +122,13 @@ class RunFolder:
                     hint="start it again without --resume",
                 )
             status = json.loads((path / "status.json").read_bytes())
+            found = dict(status)
             status["resumed"] = [*status.get("resumed", []), stamp(datetime.now(UTC))]
             if before.saved_as is not None:  # what is learned from now on is in no registry yet
                 status["saved_before"] = [*status.get("saved_before", []), before.saved_as]
             again = {"state": "running", "ended": None, "error": None, "saved_as": None, "seconds": before.seconds}
             run = cls(path, {**status, **again, "process": identity(os.getpid())}, lock)
+            run._before = found
             run.lost = before.lost_records
             run._torn = {name for name in ("events.jsonl", "metrics.jsonl") if _is_torn(path / name)}
             run.write_json("status.json", run._status)
@@ -171,6 +175,14 @@ class RunFolder:
         try:
             self.write_json("status.json", self._status)
             self.write_page(force=True)
+        finally:
+            self._lock.release()
+
+    def give_back(self) -> None:
+        """Let go of a reopened run as it was found: it was not gone on with."""
+        try:
+            if self._before is not None:
+                self.write_json("status.json", self._before)
         finally:
             self._lock.release()
 

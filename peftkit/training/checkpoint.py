@@ -55,9 +55,9 @@ class Checkpoints:
         return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
 
     def write(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Keep `state` (nested, with tensors) as the checkpoint of `step`; an older one of that step is replaced.
+        """Keep `state` (nested, with tensors) as the checkpoint of `step`, in the place of one that has this step.
 
-        Raises OSError when it cannot be written; what was there before is still there.
+        Raises OSError when it cannot be written; the checkpoints of other steps are still there.
         """
         plain, tensors = flatten(state)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -86,6 +86,12 @@ class Checkpoints:
         for step in self.steps()[:-last]:
             if step != best:
                 remove(self.path(step), self.folder)
+
+    def forget_after(self, step: int) -> None:
+        """Remove checkpoints of later steps: damaged ones that were passed over, when a run goes on from `step`."""
+        for later in self.steps():
+            if later > step:
+                remove(self.path(later), self.folder)
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose bytes are right; damaged ones are reported and passed over."""

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, set_seed
 
 from peftkit.backbone.shard import part_like
 from peftkit.data.chat import Example
+from peftkit.errors import PeftkitError, RunError
 from peftkit.events import Note, Warned
 from peftkit.generation.forward import autocast, row_nll
 from peftkit.training import random_state
@@ -47,6 +48,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self.stopped = False
         """Whether a signal to any of the processes ended the run before its last step."""
         self._start: Checkpoint | None = None
+        self._best: dict[str, torch.Tensor] | None = None
+        """The adapter that was measured best in this process, on the CPU."""
         self._random: dict[str, Any] | None = None
         self._team = trainer.team
         total = len(trainer.plan)
@@ -62,6 +65,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self.trainer.journal = Journal(**start.state["journal"])
         self.trainer.watchdog.restore(self.journal.watchdog)
         self._set_adapter(start.state["adapter"])
+        if self.checkpoints is not None:
+            self.checkpoints.forget_after(start.step)
         if self.journal.gradient_checkpointing and not self.trainer.spec.gradient_checkpointing:
             checkpoint_activations(self.trainer.tuned)
         self._start = start
@@ -94,7 +99,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         patience = spec.early_stopping_patience
         if patience and self.journal.worse >= patience and step < total:
             self.ended_early = True
-        self.stopped = self._team.any(self.stop.asked) and step < total
+        self.stopped = self._team.any(self.stop.asked)
         ends = self.stopped or self.ended_early or step == total
         if ends or better or step % self._save_every == 0:
             self._keep()
@@ -106,13 +111,25 @@ class Course(TrainerCallback):  # type: ignore[misc]
         best, journal = self.journal.best_step, self.journal
         if best is None or best == journal.step:
             return
-        kept = self._team.first(self.checkpoints.load(best).state["adapter"] if self.checkpoints else None)
-        if kept is None:  # nothing is kept in this run
+        kept = self._best or self._team.first(self._best_checkpoint(best))
+        if kept is None:
             return
         self._set_adapter(kept)
         self.trainer.report(
             Note(f"the adapter is that of step {best}, where the held-out NLL was {journal.best_nll:.4f}")
         )
+
+    def _best_checkpoint(self, step: int) -> dict[str, torch.Tensor] | None:
+        """The adapter of the best step before this process began; None, and a warning, where it is not whole."""
+        if self.checkpoints is None:
+            return None
+        try:
+            adapter: dict[str, torch.Tensor] = self.checkpoints.load(step).state["adapter"]
+            return adapter
+        except RunError as error:
+            text = f"the best adapter, of step {step}, is gone, so the last one is taken: {error.fact}"
+            self.trainer.report(Warned(text))
+            return None
 
     def _measure(self) -> bool:
         """Measure the held-out rows; whether the adapter is the best so far."""
@@ -122,6 +139,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
         better = self.journal.measured(nll)
         if trainer.spec.early_stopping_patience is None:
             trainer.watch(self.journal.step, {"held_out_nll": nll})
+        if better:  # in memory too: its checkpoint may find no room on the disk
+            self._best = {n: t.to("cpu", copy=True) for n, t in gathered(trainer.tuned.trainable).items()}
         against = (
             "the best so far" if better else f"best {self.journal.best_nll:.4f} after step {self.journal.best_step}"
         )
@@ -157,12 +176,17 @@ class Course(TrainerCallback):  # type: ignore[misc]
             return
         try:
             self.checkpoints.write(self.journal.step, state)
-            self.checkpoints.retain(self.trainer.spec.save_total_limit, self.journal.best_step)
-        except OSError as error:
+        except (OSError, MemoryError, PeftkitError) as error:
             kept = self.checkpoints.steps()
-            text = f"no checkpoint of step {self.journal.step} could be written: {error.strerror or error}; "
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            text = f"no checkpoint of step {self.journal.step} could be written: {reason}; "
             text += f"the last one is of step {kept[-1]}" if kept else "there is none"
             self.trainer.report(Warned(text, f"free some space on the disk of {self.checkpoints.folder}"))
+            return
+        try:
+            self.checkpoints.retain(self.trainer.spec.save_total_limit, self.journal.best_step)
+        except OSError as error:
+            self.trainer.report(Warned(f"old checkpoints could not be removed: {error.strerror or error}"))
 
     def _state(self) -> dict[str, Any]:
         trainer = self.trainer

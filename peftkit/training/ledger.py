@@ -268,7 +268,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[misc]
         if in_backward():
             self.ledger.turn("backward")
         if func.namespace in ("aten", "prim", "prims"):
-            result = func(*args, **kwargs)
+            with self:  # in inference mode, operations that are made of others arrive whole
+                result = func.decompose(*args, **kwargs)
+            if result is NotImplemented:
+                result = func(*args, **kwargs)
         else:  # a kernel that may be written in Python: watch what it does inside
             with self:
                 result = func.redispatch(self.keys, *args, **kwargs)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 import resource
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -12,21 +15,30 @@ from accelerate.utils.memory import should_reduce_batch_size
 from peftkit.errors import OutOfMemory
 from peftkit.events import Report, Warned
 from peftkit.training.journal import Journal
+from peftkit.training.parallel import all_there
 from peftkit.training.step import Step, StepResult
 from peftkit.tuning.inject import Tuned
 
 
-def within_memory(step: Step, journal: Journal, tuned: Tuned, report: Report) -> StepResult:
+def within_memory(
+    step: Step,
+    journal: Journal,
+    tuned: Tuned,
+    report: Report,
+    *,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> StepResult:
     """Run a step; when the device runs out of memory, run it again from its random state in smaller micro-batches.
 
     What was found to fit holds for the rest of the run: the journal keeps it. The effective batch stays as it is, so
-    the loss changes by rounding alone; with dropout, the draw is another one. Raises OutOfMemory when one row at a
-    time with checkpointing is still too much.
+    the loss changes by rounding alone; with dropout, the draw is another one. Every attempt runs in a fresh `around`.
+    Raises OutOfMemory when one row at a time with checkpointing is still too much.
     """
     while True:
         ran_out, total = False, 0.0
         try:
-            total = step.gradients(journal.micro_batch)
+            with all_there(), around():  # under FSDP every pass is an exchange
+                total = step.gradients(journal.micro_batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -66,7 +78,7 @@ def _beyond_repeating(step: Step, journal: Journal) -> OutOfMemory:
         "others wait for its part of the weights by then, so the step cannot be repeated in smaller pieces",
         expected="room for the step",
         hint="lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps, set "
-        "train.gradient_checkpointing=true, and go on with --resume",
+        "train.gradient_checkpointing=true",
     )
 
 

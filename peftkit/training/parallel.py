@@ -61,7 +61,7 @@ class Team:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _all_there():
+        with all_there():
             dist.all_gather_object(values, value)
         return values
 
@@ -70,7 +70,7 @@ class Team:
         if self.size == 1:
             return value
         values = [value]
-        with _all_there():
+        with all_there():
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -79,7 +79,7 @@ class Team:
         if self.size == 1 or self.sharded:
             return
         pending = []
-        with _all_there():
+        with all_there():
             for parameter in parameters:
                 if parameter.grad is None:  # no row of this process reached it
                     parameter.grad = torch.zeros_like(parameter)
@@ -107,17 +107,19 @@ class Team:
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64)
-        with _all_there():
+        with all_there():
             dist.all_reduce(tensor, op=how)
         return float(tensor)
 
 
 @contextlib.contextmanager
-def _all_there() -> Iterator[None]:
+def all_there() -> Iterator[None]:
     """Say what it means when another process has gone away in the middle of an exchange."""
     try:
         yield
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
+            raise
         raise TrainingError(
             f"another process of this run has ended: {str(error).strip().splitlines()[0]}",
             expected="all processes until the end",
@@ -145,20 +147,27 @@ def team() -> Team:
 
 
 def leave(*, in_order: bool) -> None:
-    """End the group: the first process says that it has written everything, the others wait for that.
+    """End the group; when not `in_order`, the others wait until the first process has written how the run ended.
 
-    A launcher ends all processes as soon as one has failed, and the first may still be writing how the run ended.
+    A launcher ends all processes as soon as one of them has failed, and the first may still be writing.
     """
     if not dist.is_initialized():
         return
-    store = dist.distributed_c10d._get_default_store()
-    with contextlib.suppress(RuntimeError):  # the first process is gone, or waits for one that is
-        if launched().leads:
-            store.set(_ENDED, "1")
-        else:
-            store.wait([_ENDED], _FAREWELL)
     if in_order:
+        with all_there():
+            dist.barrier()
         dist.destroy_process_group()
+        return
+    store = dist.distributed_c10d._get_default_store()
+    if launched().leads:
+        store.set(_ENDED, "1")
+        return
+    try:
+        store.wait([_ENDED], _FAREWELL / 10)
+    except RuntimeError:  # the first process may be waiting for this one, and must learn that it is gone
+        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):
+            store.wait([_ENDED], _FAREWELL)
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

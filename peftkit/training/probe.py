@@ -11,12 +11,13 @@ from typing import Any
 
 import psutil
 import torch
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from peftkit.data.chat import Example
 from peftkit.generation.engine import generate
 from peftkit.generation.forward import autocast, row_nll
 from peftkit.training import random_state
-from peftkit.training.memory import release
+from peftkit.training.memory import checkpoint_activations, release
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step
 from peftkit.tuning.inject import Tuned
@@ -45,6 +46,7 @@ class Probe:
     """What the longest rows took: a forward and backward pass, a likelihood, answers."""
 
     step: Piece
+    """Forward and backward pass, and an update by AdamW whose states are thrown away."""
     likelihood: Piece | None
     answers: Piece | None
     """The first tokens of one batch of answers to the longest prompts."""
@@ -65,15 +67,16 @@ def probe(
 ) -> Probe:
     """Try one micro-batch of the longest training rows, and one batch of the longest held-out rows.
 
-    Adapter, gradients and random states are afterwards what they were. Lets the error through when memory does not
-    suffice.
+    Checkpointing and offloading are as the run will have them. Adapter, gradients and random states are afterwards
+    what they were. Lets the error through when memory does not suffice.
     """
     backbone = tuned.backbone
     device, tokenizer = backbone.device, backbone.tokenizer
     before = random_state.capture(device)
     try:
         longest = _longest(examples, min(spec.per_device_train_batch_size, spec.rows_per_step))
-        step = _measured(device, lambda: _step(tuned, longest), sum(len(row.input_ids) for row in longest))
+        with _as_in_training(tuned, spec) as around:
+            step = _measured(device, lambda: _step(tuned, longest, around), sum(len(row.input_ids) for row in longest))
         rows = _longest(held_out, evaluation_batch)
         likelihood = answered = None
         tuned.model.eval()
@@ -97,7 +100,21 @@ def _longest(rows: Sequence[Example], count: int) -> list[Example]:
     return sorted(rows, key=lambda row: len(row.input_ids), reverse=True)[:count]
 
 
-def _step(tuned: Tuned, rows: Sequence[Example]) -> None:
+@contextlib.contextmanager
+def _as_in_training(tuned: Tuned, spec: TrainSpec) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """The model as training has it; the value is what a forward and backward pass runs in."""
+    base = tuned.model.get_base_model()
+    if spec.gradient_checkpointing:
+        checkpoint_activations(tuned)
+    try:
+        yield get_act_offloading_ctx_manager(tuned.model) if spec.activation_offloading else contextlib.nullcontext()
+    finally:
+        if spec.gradient_checkpointing:
+            base.gradient_checkpointing_disable()
+            base.disable_input_require_grads()
+
+
+def _step(tuned: Tuned, rows: Sequence[Example], around: contextlib.AbstractContextManager[Any]) -> None:
     backbone = tuned.backbone
     tuned.model.train()
     step = Step(
@@ -107,7 +124,14 @@ def _step(tuned: Tuned, rows: Sequence[Example]) -> None:
         device=backbone.device,
         forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
     )
-    step.run(len(rows))
+    with around:
+        step.run(len(rows))
+    trained = list(tuned.trainable.values())
+    values = [parameter.detach().to("cpu", copy=True) for parameter in trained]
+    torch.optim.AdamW(trained, lr=1e-9).step()
+    with torch.no_grad():
+        for parameter, value in zip(trained, values, strict=True):
+            parameter.copy_(value)
 
 
 def _answer(tuned: Tuned, prompts: list[list[int]]) -> None:

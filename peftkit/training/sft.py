@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 from peftkit.backbone.quiet import quiet
 from peftkit.backbone.shard import shard, whole
 from peftkit.data.chat import Example
-from peftkit.errors import TrainingError
+from peftkit.errors import OutOfMemory, TrainingError
 from peftkit.events import Note, Phase, Report, silent
 from peftkit.training.bound import rows_digest
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.course import Course
-from peftkit.training.memory import peak_bytes, reset_peak
+from peftkit.training.memory import is_out_of_memory, peak_bytes, reset_peak
 from peftkit.training.parallel import Team, digest, team
 from peftkit.training.schedule import schedule
 from peftkit.training.spec import TrainSpec
@@ -76,15 +77,14 @@ def train(
     """
     _check(tuned, spec, held_out)
     plan = schedule(examples, spec)
-    base = tuned.model.get_base_model()
-    configs = [(c, dict(vars(c))) for c in (base.config, base.config.get_text_config(), base.generation_config)]
     together = team()
     _check_team(together, spec)
-    together.agree({"rows": rows_digest(examples), "adapter at the start": digest(tuned.trainable)})
-    trainer = StepTrainer(tuned, examples, plan, spec, folder, report, log, together)
-    if together.sharded:
-        shard(tuned.model, tuned.backbone.device, together.size, reshard=together.group.reshard)
-    try:
+    facts = {"settings": spec.model_dump(), "rows": rows_digest(examples), "base": tuned.backbone.identity.fingerprint}
+    together.agree({**facts, "adapter at the start": digest(tuned.trainable)})
+    with _model_as_it_was(tuned):
+        trainer = StepTrainer(tuned, examples, plan, spec, folder, report, log, together)
+        if together.sharded:
+            shard(tuned.model, tuned.backbone.device, together.size, reshard=together.group.reshard)
         with StopRequest(report) as stop:
             course = Course(trainer, held_out=held_out, checkpoints=checkpoints, bound_to=bound_to or {}, stop=stop)
             trainer.add_callback(course)
@@ -94,26 +94,16 @@ def train(
             reset_peak(tuned.backbone.device)
             _check_position(trainer.journal.step, len(plan))
             if trainer.journal.step < len(plan):
-                with quiet():
-                    trainer.train()
+                _run(trainer)
         journal = trainer.journal
         if course.stopped:
-            raise Stopped(
-                journal.step, len(plan), checkpoints.steps()[-1] if checkpoints and checkpoints.steps() else None
-            )
+            kept = checkpoints.steps() if checkpoints else []
+            raise Stopped(journal.step, len(plan), kept[-1] if kept else None)
         if course.ended_early:
             why = f"{journal.worse} measurements in a row were no better"
             report(Note(f"stopped after step {journal.step} of {len(plan)}: {why}"))
         if spec.early_stopping_patience:
             course.take_best()
-    finally:  # Trainer writes use_cache and the tokenizer's special tokens into them
-        for config, before in configs:
-            vars(config).clear()
-            vars(config).update(before)
-        if trainer.journal.gradient_checkpointing:
-            base.gradient_checkpointing_disable()
-            base.disable_input_require_grads()
-        tuned.model.eval()
     _check_finite(tuned)
     together.agree({"trained adapter": digest(tuned.trainable)})
     assert journal.first_loss is not None  # a schedule has at least one step
@@ -128,6 +118,38 @@ def train(
         peak_bytes=int(together.most(peak_bytes(tuned.backbone.device))),
         best_step=journal.best_step,
     )
+
+
+def _run(trainer: StepTrainer) -> None:
+    """Train; out of memory where no repetition helps (an update, its clipping) is an error that says so."""
+    try:
+        with quiet():
+            trainer.train()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"out of memory in step {trainer.journal.step + 1}, outside of the forward and backward passes",
+            expected="room for the optimizer's update",
+            hint="start again with train.optim=paged_adamw_8bit (CUDA), a smaller adapter.r, or --budget",
+        ) from error
+
+
+@contextmanager
+def _model_as_it_was(tuned: Tuned) -> Iterator[None]:
+    """Undo what Trainer does to a model: it writes use_cache and special tokens, and switches checkpointing on."""
+    base = tuned.model.get_base_model()
+    configs = [(c, dict(vars(c))) for c in (base.config, base.config.get_text_config(), base.generation_config)]
+    try:
+        yield
+    finally:
+        for config, before in configs:
+            vars(config).clear()
+            vars(config).update(before)
+        if base.is_gradient_checkpointing:
+            base.gradient_checkpointing_disable()
+            base.disable_input_require_grads()
+        tuned.model.eval()
 
 
 def _check(tuned: Tuned, spec: TrainSpec, held_out: Sequence[Example]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -36,6 +37,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.asked = True
         name = signal.Signals(number).name
-        self._report(
-            Warned(f"{name}: the step is finished and a checkpoint written, then the run ends; again to end now")
-        )
+        with contextlib.suppress(RuntimeError):  # the signal came while the same stream was being written
+            self._report(
+                Warned(f"{name}: the step is finished and a checkpoint written, then the run ends; again to end now")
+            )

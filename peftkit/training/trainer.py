@@ -30,6 +30,7 @@ from peftkit.data.rows import to_dataset
 from peftkit.errors import TrainingError
 from peftkit.events import Decision, Progress, Report, Warned
 from peftkit.generation.forward import autocast
+from peftkit.process_group import ProcessGroup
 from peftkit.training.journal import Journal
 from peftkit.training.memory import peak_bytes, within_memory
 from peftkit.training.parallel import Team
@@ -54,10 +55,10 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         folder: Path,
         report: Report,
         log: Log,
-        team: Team,
+        team: Team | None = None,
     ) -> None:
         backbone = tuned.backbone
-        self.team = team
+        self.team = team = team or Team(ProcessGroup())
         optim = None
         if spec.optim == "auto":
             optim = optimizer(backbone.device, backbone.quant.bits in (4, 8), sharded=team.sharded)
@@ -120,8 +121,9 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
             team=self.team,
         )
-        with self.maybe_activation_offload_context:
-            self.result = within_memory(step, self.journal, self.tuned, self.report)
+        self.result = within_memory(
+            step, self.journal, self.tuned, self.report, around=lambda: self.maybe_activation_offload_context
+        )
         return torch.tensor(self.result.loss, device=backbone.device)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -152,6 +154,7 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             "micro_batches": float(self.result.micro_batches),
             "peak_gb": self.team.most(peak_bytes(self.tuned.backbone.device)) / 1e9,
         }
+        figures = self.team.first(figures)  # what is decided from them is decided alike
         self.log_step(done, figures)
         self.report(Progress(done, figures))
         self.watch(done, figures)

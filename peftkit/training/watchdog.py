@@ -23,6 +23,7 @@ from peftkit.training.watchdog_rules import (
     QUIET,
     RULES,
     WINDOW,
+    WORSE,
     Alarm,
     Rule,
 )
@@ -30,6 +31,8 @@ from peftkit.training.watchdog_rules import (
 __all__ = ["RULES", "Alarm", "Rule", "Watchdog"]
 
 _RULES = {rule.id: rule for rule in RULES}
+
+_FEWER_EPOCHS = f"train fewer epochs: train.num_train_epochs=…, or set train.early_stopping_patience={WORSE}"
 
 Finding = tuple[str, str, str] | None
 """Fact, what was expected, the edit that mends it."""
@@ -56,12 +59,11 @@ class _Seen:
 
 
 class Watchdog:
-    """Watches one run of `total_steps`; `patience` measurements in a row without a better one stop it."""
+    """Watches one run of `total_steps`."""
 
-    def __init__(self, total_steps: int, *, warmup_steps: int = 0, patience: int | None = None) -> None:
+    def __init__(self, total_steps: int, *, warmup_steps: int = 0) -> None:
         self.total_steps = total_steps
         self.warmup_steps = warmup_steps
-        self.patience = patience
         self._seen = _Seen()
 
     def state(self) -> dict[str, Any]:
@@ -93,8 +95,7 @@ class Watchdog:
         return True
 
     def _alarm(self, name: str, step: int, fact: str, expected: str, hint: str) -> Alarm:
-        stops = name == "evaluation-worse" and self.patience is not None
-        return Alarm(name, "stop" if stops else _RULES[name].action, step, fact, expected, hint)
+        return Alarm(name, _RULES[name].action, step, fact, expected, hint)
 
     def _finite(self, figures: Mapping[str, float]) -> list[tuple[str, Finding]]:
         seen = self._seen
@@ -113,13 +114,15 @@ class Watchdog:
             seen.best, seen.worse = [step, nll], 0
             return None
         seen.worse += 1
-        limit = self.patience or 3
-        if seen.worse < limit or (self.patience is None and seen.worse > limit):  # a warning is said once per best
+        if seen.worse != WORSE:  # said once per best
             return None
         best = f"{number(seen.best[1])} after step {int(seen.best[0])}" if seen.best else "none"
-        patience = "" if self.patience else f", or set train.early_stopping_patience={limit}"
         fact = f"the held-out NLL was above its best in {seen.worse} measurements in a row, now {number(nll)}"
-        return fact, f"below the best, {best}", f"train fewer epochs: train.num_train_epochs=…{patience}"
+        return (
+            fact,
+            f"below the best, {best}",
+            _FEWER_EPOCHS,
+        )
 
     def _zero(self, step: int, figures: Mapping[str, float]) -> Finding:
         if "grad_norm" not in figures:

@@ -26,12 +26,15 @@ class Rule:
     reason: str
 
 
+WORSE = 3
+"""Measurements in a row above the best one."""
+
 RULES: tuple[Rule, ...] = (
     Rule("loss-not-finite", "stop", "NaN or infinite, once", "every later update would spread it"),
     Rule("gradient-not-finite", "stop", "norm NaN or infinite, once", "AdamW's moments keep it for good"),
     Rule("zero-gradient", "stop", "norm exactly 0 in 3 steps in a row",
          "nothing is learned: the adapter is frozen, detached, or its output multiplied by 0"),
-    Rule("divergence", "stop", "median of the last 30 losses over the highest of the first 5 by 0.5 nats",
+    Rule("divergence", "warn", "median of the last 30 losses over the highest of the first 5 by 0.5 nats",
          "the model is worse than untrained, for longer than a spike lasts"),
     Rule("loss-spike", "warn", "3 losses in a row over the median of the last 50 by 8 robust deviations and 0.5 nats",
          "single hard batches pass in a step; a robust deviation (1.4826 MAD) is not raised by the spike itself"),
@@ -41,8 +44,8 @@ RULES: tuple[Rule, ...] = (
          " 5 by 0.5 nats and 4 robust deviations", "a rate that fits lowers the loss there"),
     Rule("rate-too-low", "warn", "rate at most 2e-6 and a loss that moved less than its noise, 20 steps after warm-up",
          "LoRA is trained at 1e-4 to 2e-4 (QLoRA, arXiv 2305.14314, table 9); 100 times less moves nothing"),
-    Rule("evaluation-worse", "warn", "3 measurements in a row above the best; with train.early_stopping_patience: so "
-         "many, and stop", "the adapter learns its training rows by heart"),
+    Rule("evaluation-worse", "warn", "3 measurements in a row above the best, where train.early_stopping_patience does "
+         "not stop the run", "the adapter learns its training rows by heart"),
     Rule("memory-creep", "warn", "peak higher by 1 % or more in each of 5 blocks of 50 steps",
          "longer rows raise a peak ever more rarely (by chance in 1 of 720 runs); what rises steadily is kept alive"),
     Rule("throughput-collapse", "warn", "median tokens/s of 5 steps under 1/3 of that of the 50 before",

@@ -15,13 +15,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from peftkit.backbone.quantize import quantize
-from peftkit.generation.forward import token_nll
+from peftkit.data.chat import IGNORED, Example
+from peftkit.generation.forward import row_nll, token_nll
 from peftkit.planning.activations import activations
 from peftkit.planning.architecture import architecture
+from peftkit.planning.evaluation import measuring
 from peftkit.planning.memory import Range, exactly, plan_memory
 from peftkit.planning.setting import Setting
 from peftkit.planning.tape import Backward, Tape
 from peftkit.planning.weights import trained_parameters, weights
+from peftkit.training.ledger import Ledger
 
 MODELS = json.loads((Path(__file__).parents[2] / "benchmarks" / "published_memory.json").read_text())["models"]
 SMOLLM2 = architecture(MODELS["smollm2-135m"])
@@ -93,11 +96,47 @@ def test_a_backward_pass_by_hand() -> None:
     second = tape.like(first, saves=[first])
     tape.begin(False, second)
     loss = tape.op([second], 1, 4)
-    trace = Backward(tape, gradients_are_there=False, watched=False).walk(loss, held=0)
+    trace = Backward(tape, gradients_are_there=False).walk(loss, held=0)
     assert trace.kept == 80
     assert trace.head == 80 + 4 + 40  # the loss's gradient, and second's
     assert trace.block == 80 + 40 + 40
     assert trace.bottom == 40 + 40 + 40
+
+
+def test_gradients_that_meet_are_summed_in_new_memory() -> None:
+    """What linear layers send are views, which take no sum: a tied head has its gradient, the embedding's, their sum."""
+    tape = Tape()
+    weight = tape.weight(100, 4, uses=2)
+    first = tape.op([weight], 1, 4)
+    tape.begin(False, first)
+    second = tape.like(first)
+    tape.begin(False, second)
+    loss = tape.op([second, weight], 1, 4)
+    trace = Backward(tape, gradients_are_there=False).walk(loss, held=0)
+    assert trace.bottom == 3 * 400
+
+
+def test_the_embedded_tokens_stay_under_checkpointing() -> None:
+    """A gradient is asked for at the embedding's output; GPT-2's first block reads another tensor."""
+    gpt2 = architecture({"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": 259,
+                         "n_positions": 128})  # fmt: skip
+    setting = replace(CPU, micro_batch=2, longest=96, labelled=95, gradient_checkpointing=True)
+    learned, plain = (
+        activations(replace(gpt2, position_parameters=each), setting).kept for each in (gpt2.position_parameters, 0)
+    )
+    assert learned - plain == 2 * 96 * 64 * 4
+
+
+def test_measuring_held_out_rows_needs_what_the_ledger_counts() -> None:
+    config = CONFIG_MAPPING["llama"](**TINY)
+    base, model = architecture(config.to_dict()), AutoModelForCausalLM.from_config(config).eval()
+    for labelled in (95, 1):  # the logits need more, and then the blocks
+        ids = [7] * 96
+        rows = [Example(ids, [IGNORED] * (96 - labelled) + ids[96 - labelled :], 1, i, f"made:{i}") for i in range(4)]
+        with Ledger(model) as ledger:
+            row_nll(model, rows, pad_id=0, device=torch.device("cpu"))
+        setting = replace(CPU, method="full", longest=96, labelled=labelled, evaluation_batch=4, evaluation_longest=96)
+        assert measuring(base, setting).expected == pytest.approx(ledger.account().peak, rel=0.05)
 
 
 def saved(model: Any, rows: int, length: int) -> int:
@@ -191,6 +230,30 @@ def test_checkpointing_keeps_less_and_fewer_bits_weigh_less(base: Any, setting: 
         parts = weights(base, replace(setting, bits=bits, method="lora"))
         sizes.append(sum(part.bytes.expected for part in parts))
     assert sizes[0] <= sizes[1] <= sizes[2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(base=BASES, setting=EXAMPLES)
+def test_concessions_never_need_more_memory(base: Any, setting: Setting) -> None:
+    """What `fit` leaves out because a later concession does not fit either must not fit."""
+
+    def high(changed: Setting) -> int:
+        return max(stage.bytes.high for stage in plan_memory(base, changed).stages)
+
+    optims = [high(replace(setting, optim=each)) for each in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit")]
+    assert optims == sorted(optims, reverse=True)
+    assert high(replace(setting, activation_offloading=True)) <= high(setting)
+    # Only what rests: a step needs more, since 8-bit layers keep their inputs and what 4-bit ones return is copied.
+    plans = [plan_memory(base, replace(setting, bits=each, method="lora", device="cuda")) for each in (16, 8, 4)]
+    loads = [plan.stage("load").bytes.high for plan in plans]
+    assert loads == sorted(loads, reverse=True)
+
+
+def test_the_file_stays_mapped_where_a_process_uses_its_tensors() -> None:
+    base, nf4 = replace(SMOLLM2, stored=4), replace(CPU, bits=4)
+    assert plan_memory(base, nf4).part("mapped file").bytes == Range(0, 106_168_320 * 4, 106_168_320 * 4)
+    for other in (replace(nf4, bits=32), replace(nf4, dtype="bfloat16"), replace(nf4, device="cuda")):
+        assert plan_memory(base, other).part("mapped file").bytes == exactly(0)
 
 
 def test_a_batch_of_rows_of_different_lengths_needs_more() -> None:

@@ -23,6 +23,7 @@ from peftkit.recipe.outlook import outlook
 from peftkit.recipe.target import Target, card, this_machine
 from peftkit.registry.store import Registry
 from peftkit.runs import list_runs, read_metrics
+from peftkit.training import step as module_step
 
 LLAMA_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
@@ -92,6 +93,20 @@ def test_an_old_card_has_no_bfloat16(config_8b: Path) -> None:
     assert found.setting.compute_dtype == "float32"
 
 
+@pytest.mark.parametrize("bits", [32, 16, 4])
+def test_changes_and_settings_agree(config_8b: Path, tmp_path: Path, bits: int) -> None:
+    """What a fit wrote into the settings is the setting that it planned, the optimizer that `auto` means included."""
+    recipe = tmp_path / "mine.py"  # bits as the recipe's own default: what the command line sets stays
+    recipe.write_text(find("qlora_sft").read_text().replace("bits=4", f"bits={bits}"))
+    for budget in ("11GB", "14GB", "20GB", "40GB", "200GB"):
+        target = card(quant(), None, budget)
+        resolved = configure(load(recipe), overrides=[f"base={config_8b}", "data.max_length=1024"])
+        found, changed = outlook(resolved, tmp_path / "cache", target, fit=True)
+        again = setting_of(groups(changed.config), found.lengths, target)
+        assert again == found.setting
+        assert changes(groups(changed.config), found.setting, again) == {}
+
+
 @pytest.mark.parametrize(("name", "budget", "named"), [
     ("RTX 3060", None, "RTX 3060 8GB, RTX 3060 12GB"), ("RTX 9999", None, "not a card known here"),
     (None, "12", "12GB"), (None, "-3GB", "is not a size"),
@@ -127,16 +142,6 @@ def test_rows_are_cut_only_with_consent(config_8b: Path) -> None:
     assert changed.config.data.too_long == "truncate"
 
 
-def test_changes_and_settings_agree(config_8b: Path) -> None:
-    """What a fit wrote into the settings is the setting that it planned."""
-    for budget in ("11GB", "14GB", "20GB", "40GB"):
-        target = card(quant(), None, budget)
-        found, changed = plan(config_8b, target, "data.max_length=1024", fit=True)
-        again = setting_of(groups(changed.config), found.lengths, target)
-        assert again == found.setting
-        assert changes(groups(changed.config), found.setting, again) == {}
-
-
 # -- before a run
 
 
@@ -153,9 +158,10 @@ def test_a_run_keeps_its_plan_and_its_probe(settings: list[str]) -> None:
     assert set(probed["seconds"]) == {"training", "measuring"}
 
 
-def test_a_probe_leaves_no_trace(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_a_probe_leaves_no_trace(settings: list[str], monkeypatch: pytest.MonkeyPatch, checkpointing: str) -> None:
     """With dropout: adapter and random states after a probe are those without one, bit by bit."""
-    settings = [*settings, "adapter.lora_dropout=0.2"]
+    settings = [*settings, "adapter.lora_dropout=0.2", f"train.gradient_checkpointing={checkpointing}"]
 
     def trained() -> dict[str, torch.Tensor]:
         version = Registry(locations.registry_root().path).resolve(str(go(settings).saved_as))
@@ -165,6 +171,20 @@ def test_a_probe_leaves_no_trace(settings: list[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(ahead_module.Ahead, "probe", lambda self, tuned, plan: None)
     second = trained()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_probe_runs_as_training_will(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With checkpointing, in every pass over training rows."""
+    seen = []
+    true = module_step.Step.gradients
+
+    def watched(self: Any, size: int) -> float:
+        seen.append(self.model.get_base_model().is_gradient_checkpointing)
+        return true(self, size)
+
+    monkeypatch.setattr(module_step.Step, "gradients", watched)
+    go([*settings, "train.gradient_checkpointing=true"])
+    assert seen == [True] * 3, "the probe, and two steps"
 
 
 def test_a_plan_that_cannot_fit_stops_before_the_weights_are_loaded(settings: list[str]) -> None:

@@ -145,7 +145,12 @@ def test_changed_settings_are_refused_by_name(settings: list[str]) -> None:
             resume("", change)
         assert named in str(caught.value)
         assert str(caught.value).count("\n- ") == 1, "nothing else is said to differ"
-    assert resume().saved_as is not None, "a refusal costs nothing"
+    assert (last().state, last().saved_as) == ("interrupted", None), "a refusal changes nothing"
+    assert resume().saved_as is not None
+    done = last()
+    with pytest.raises(RunError, match="would not be the same run"):
+        resume("", "train.learning_rate=0.5")
+    assert (last().state, last().saved_as, last().figures) == (done.state, done.saved_as, done.figures)
 
 
 def test_changed_rows_are_refused(settings: list[str], rows: Path) -> None:
@@ -159,6 +164,12 @@ def test_changed_rows_are_refused(settings: list[str], rows: Path) -> None:
     rows.write_text("".join(lines[:-1]))
     with pytest.raises(RunError, match="data, training sequences: 12 → "):
         resume()
+    rows.write_text(before)
+    wrong = rows.with_name("wrong.jsonl")
+    wrong.write_text(before.replace("say", "Say"))
+    with pytest.raises(RunError, match="data, SHA-256 of"):
+        resume("", f"data.train={wrong}")
+    assert str(rows) in (last().path / "config.yaml").read_text(), "what was refused is not kept"
     moved = rows.with_name("elsewhere.jsonl")
     moved.write_text(before)
     rows.unlink()

@@ -80,7 +80,7 @@ def free(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str,
     return found
 
 
-@pytest.mark.parametrize(("room", "conceded"), [(18, ["with 4 at once"]), (3, ["with 1 at once", "checkpointing"])])
+@pytest.mark.parametrize(("room", "conceded"), [(18, ["with 4 at once"]), (6, ["with 1 at once", "checkpointing"])])
 def test_the_step_is_repeated_in_smaller_pieces_with_the_same_loss(
     tmp_path: Path, tiny_base: Path, free: dict[str, Any], room: int, conceded: list[str]
 ) -> None:

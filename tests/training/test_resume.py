@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from peftkit.data.chat import Example
 from peftkit.errors import RunError, TrainingError
 from peftkit.events import Warned
+from peftkit.training import checkpoint
 from peftkit.training.checkpoint import Checkpoints
 from peftkit.training.sft import Stopped, Trained, train
 from peftkit.training.spec import TrainSpec
@@ -228,7 +230,81 @@ def test_a_damaged_checkpoint_is_passed_over(tuned: Make, rows: Rows, tmp_path: 
     assert Checkpoints(tmp_path / "cut").load(4).step == 4, "the step was done again, and its checkpoint replaced"
 
 
-@pytest.mark.parametrize("left_out", ["optimizer", "random", "scheduler", "journal"])
+def test_a_damaged_newest_one_never_outlives_good_ones(tuned: Make, rows: Rows, tmp_path: Path) -> None:
+    """With one checkpoint kept, going on from before a damaged one must not end with the damaged one alone."""
+    spec = SPEC.model_copy(update={"save_total_limit": 1, "save_steps": 2, "eval_steps": None})
+
+    def kill(step: int) -> None:
+        if step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(tuned, rows, tmp_path, spec=spec, on_log=kill)
+    kept = Checkpoints(tmp_path)
+    shutil.copytree(kept.path(4), kept.path(2))  # an older good one, under the name of step 2
+    for file in kept.path(4).glob("*"):
+        file.chmod(0o644)
+        file.write_bytes(b"damaged")
+    state = kept.load(2).state
+    assert state["journal"]["step"] == 4
+    kept.forget_after(2)
+    assert kept.steps() == [2]
+
+
+def test_killed_inside_the_save(
+    tuned: Make, rows: Rows, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at each call of the fourth checkpoint's write: what is resumed from the third is the same run."""
+    true, calls = checkpoint.write_file, [0]
+    for at in (1, 2, 3):
+
+        def die(path: Path, data: bytes, at: int = at) -> None:
+            if "step-00000004" in str(path):
+                calls[0] += 1
+                if calls[0] == at:
+                    raise Killed
+            true(path, data)
+
+        folder, calls[0] = tmp_path / str(at), 0
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "write_file", die)
+            with pytest.raises(Killed):
+                run(tuned, rows, folder)
+        assert Checkpoints(folder).steps() == [1, 2, 3]
+        assert_same(run(tuned, rows, folder, resume=True), whole, whole[2])
+
+
+def test_the_best_adapter_needs_no_room_on_the_disk(
+    tuned: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint could not be written: the run goes on with it all the same."""
+    ruinous = {"learning_rate": 0.5, "warmup_ratio": 0.0, "eval_steps": 1, "early_stopping_patience": 2}
+    spec = SPEC.model_copy(update=ruinous)
+    expected = run(tuned, rows, tmp_path / "room", spec=spec)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    found = run(tuned, rows, tmp_path / "full", spec=spec)
+    assert_same(found, expected, expected[2])
+    assert Checkpoints(tmp_path / "full").steps() == []
+
+
+def test_a_signal_in_the_last_step_ends_the_run_too(tuned: Make, rows: Rows, tmp_path: Path) -> None:
+    sent: list[int] = []
+
+    def send(step: int) -> None:
+        if step == STEPS and not sent:  # that step is logged twice: its figures, and its measurement
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Stopped) as caught:
+        run(tuned, rows, tmp_path, on_log=send)
+    assert (caught.value.step, caught.value.kept) == (STEPS, STEPS)
+
+
+@pytest.mark.parametrize("left_out", ["adapter", "optimizer", "random", "scheduler", "journal"])
 def test_nothing_in_a_checkpoint_can_be_left_out(
     tuned: Make, rows: Rows, tmp_path: Path, whole: Any, left_out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,10 +289,10 @@ def test_the_trainer_sees_the_schedule(
     micro: list[int] = []
 
     class Watched(sft.Step):
-        def run(self, micro_batch_size: int) -> Any:
+        def gradients(self, micro_batch_size: int) -> float:
             seen.append(tuple(row.row for row in self.rows))
             micro.append(micro_batch_size)
-            return super().run(micro_batch_size)
+            return super().gradients(micro_batch_size)
 
     monkeypatch.setattr(sft, "Step", Watched)
     examples = rows([5 + i % 7 for i in range(10)])

@@ -112,16 +112,6 @@ def test_a_lower_rate_is_named() -> None:
     assert alarm.hint == "train.learning_rate=2e-4"
 
 
-def test_patience_turns_the_warning_into_a_stop_that_names_the_best_step() -> None:
-    trace = measured([2.0, 1.0, 1.1, 1.2, 1.3])
-    (stop, *_) = watch(trace, patience=2)
-    assert (stop.action, stop.step) == ("stop", 40)
-    assert "1 after step 20" in stop.expected
-    assert [(alarm.action, alarm.step) for alarm in watch(trace)] == [("warn", 50)]
-    assert watch(measured([2.0, 1.5, 1.6, 1.7, 1.4, 1.5, 1.6])) == []
-    assert watch(measured([2.0, math.nan, math.nan, math.nan]))[0].action == "warn"
-
-
 def test_a_figure_that_is_not_there_is_no_alarm() -> None:
     assert watch([(step, {}) for step in range(1, 200)]) == []
     assert watch([(step, {"loss": 1.0}) for step in range(1, 200)]) == []

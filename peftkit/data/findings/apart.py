@@ -6,11 +6,12 @@ started rather than a fork: the parent may hold threads and a GPU, and a script 
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from peftkit.data.findings.examine import examine_texts
 from peftkit.data.findings.finding import Tally
@@ -33,12 +34,15 @@ def examine_apart(
     command = [sys.executable, "-c", _START.format(path=sys.path)]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     given = pickle.dumps((train, held_out, control, against), pickle.HIGHEST_PROTOCOL)
-    thread = ThreadPoolExecutor(1, "audit")
-    told = thread.submit(child.communicate, given)
+    told: list[tuple[bytes, bytes]] = []
+    # A daemon, and the child killed at exit: when the first process fails or is interrupted, neither outlives it.
+    thread = threading.Thread(target=lambda: told.append(child.communicate(given)), daemon=True)
+    thread.start()
+    atexit.register(child.kill)
 
     def wait() -> Tally:
-        out, errors = told.result()
-        thread.shutdown()
+        thread.join()
+        out, errors = told[0]
         if child.returncode:
             reason = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or [f"code {child.returncode}"]
             raise DataError(f"the process that checks the rows ended early: {reason[0]}", expected="enough memory")

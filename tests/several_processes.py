@@ -1,6 +1,6 @@
 """One process of a training run that `accelerate launch` or torchrun starts several of; the tests read what it writes.
 
-    several_processes.py SETTINGS   a JSON object: base, folder, quant, adapter, train, lengths, kill_at, resume, plant
+several_processes.py SETTINGS   a JSON object: base, folder, quant, adapter, train, lengths, kill_at, resume, plant
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def rows(lengths: list[int], seed: int = 0) -> list[Example]:
 def mean_of_means(self: steps.Step, total: float, micro_batch_size: int) -> steps.StepResult:
     """The bug to be caught: each process divides by its own tokens, and the mean over processes is taken."""
     own = sum(label != IGNORED for row in self.share for label in row.labels[1:])
+    assert own  # rows for every process in every step
     factor = self.answer_tokens / own / self.team.size
     for parameter in self.model.parameters():
         if parameter.grad is not None:
@@ -54,7 +55,7 @@ def mean_of_means(self: steps.Step, total: float, micro_batch_size: int) -> step
     return true_finish(self, total * factor, micro_batch_size)
 
 
-true_finish = steps.Step.finish
+true_finish, true_token_nll = steps.Step.finish, steps.token_nll
 
 
 def main(given: dict[str, Any]) -> None:
@@ -72,6 +73,14 @@ def main(given: dict[str, Any]) -> None:
         return result
 
     steps.Step.finish = watched  # type: ignore[method-assign]
+
+    def exhausted(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The device of one process has no room for two rows at once after the first step."""
+        if group.rank == given.get("exhausted") and len(batch["labels"]) > 1 and seen["rows"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return true_token_nll(model, batch)
+
+    steps.token_nll = exhausted  # type: ignore[assignment]
 
     def log(step: int, figures: dict[str, float]) -> None:
         kept = ("loss", "grad_norm", "learning_rate", "tokens", "answer_tokens", "held_out_nll")
@@ -112,8 +121,11 @@ def main(given: dict[str, Any]) -> None:
                 seen["base_nll"] = row_nll(base, rows([6, 10], seed=1), pad_id=2, device=device)
     except (PeftkitError, Stopped) as error:
         seen["error"] = f"{type(error).__name__}: {error}"
-    if tuned is not None:
-        save_file({n: whole(p.detach()).clone() for n, p in tuned.trainable.items()}, folder / f"{group.rank}.safetensors")
+    failed = "error" in seen and not seen["error"].startswith("Stopped")
+    if tuned is not None and not failed:
+        save_file(
+            {n: whole(p.detach()).clone() for n, p in tuned.trainable.items()}, folder / f"{group.rank}.safetensors"
+        )
         save_adapter(tuned, folder / f"adapter-{group.rank}")
     if gradients:
         save_file(gradients, folder / f"gradients-{group.rank}.safetensors")
