@@ -123,7 +123,7 @@ def audit(status: RunStatus) -> Markup:
     for finding in findings[:_MOST_ROWS]:
         severity = str(finding.get("severity"))
         examples = finding.get("examples")
-        places = [str(place) for place in examples[:5]] if isinstance(examples, list) else []
+        places = [_place(example) for example in examples[:5]] if isinstance(examples, list) else []
         badge = badge_html(severity, _SEVERITIES.get(severity, "plain"))
         share = finding.get("share")
         shown = f"{share:.2%}" if isinstance(share, float) else as_text(share)
@@ -231,6 +231,12 @@ def _fits(row: Any, columns: Sequence[Any]) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _place(example: Any) -> str:
+    if isinstance(example, Mapping):
+        return f"{as_text(example.get('where'))}: {as_text(example.get('excerpt'))}"
+    return as_text(example)
 
 
 def _seconds(value: Any) -> str:

@@ -255,6 +255,9 @@ class Ledger:
             del self._running[len(self._running) - 1 - self._running[::-1].index(name) :]
 
 
+_MADE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[misc]
     """Tells a ledger of every operation."""
 
@@ -267,11 +270,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[misc]
         kwargs = kwargs or {}
         if in_backward():
             self.ledger.turn("backward")
-        if func.namespace in ("aten", "prim", "prims"):
-            with self:  # in inference mode, operations that are made of others arrive whole
-                result = func.decompose(*args, **kwargs)
-            if result is NotImplemented:
-                result = func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _MADE):
+            with self:  # an operation that is made of others arrives whole where autograd is off for good
+                result = func._op_dk(_MADE, *args, **kwargs)
+        elif func.namespace in ("aten", "prim", "prims"):
+            result = func(*args, **kwargs)
         else:  # a kernel that may be written in Python: watch what it does inside
             with self:
                 result = func.redispatch(self.keys, *args, **kwargs)
