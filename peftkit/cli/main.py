@@ -124,6 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" ({error.filename})" if error.filename else ""
         _print_error(f"{error.strerror or error}{where}")
         return 1
+    except MemoryError as error:
+        if debug:
+            raise
+        what = f"this process ran out of memory{f': {error}' if str(error) else ''}"
+        _print_error(
+            f"{what}\n  to mend it: close other programs, take a smaller base, or fewer rows at once (--budget)"
+        )
+        return 1
     except Exception as error:
         if debug:
             raise

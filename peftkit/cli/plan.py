@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,8 @@ def plan(
 
     loaded = load(find(recipe))
     resolved = configure(loaded, preset=preset, files=config or (), overrides=settings or ())
+    if allow_shorter and budget is None:
+        raise typer.BadParameter("--allow-shorter is a consent to what --budget may change; name a budget")
     quant = groups(resolved.config).quant
     elsewhere = gpu is not None or (budget is not None and quant.device != "cpu" and not has_gpu())
     target = card(quant, gpu, budget) if elsewhere else this_machine(quant, budget)
@@ -54,8 +57,11 @@ def plan(
         except OutOfMemory as error:
             problem = error
     different = [f"{key}={value}" for key, value, source in changed.rows() if source.startswith("budget")]
-    command = " ".join(
-        ["peftkit train", recipe, *(settings or ()), *([f"--preset {preset}"] if preset else []), *different]
+    keys = {text.partition("=")[0] for text in different}
+    kept = [text for text in settings or () if text.partition("=")[0] not in keys]
+    files = [word for path in config or () for word in ("--config", str(path))]
+    command = shlex.join(
+        ["peftkit", "train", recipe, *kept, *files, *(["--preset", preset] if preset else []), *different]
     )
     value = {**found.as_record(), "fits": problem is None, "changes": different}
     show(value, as_json=as_json, text=f"to train so: {command}" if different else "")

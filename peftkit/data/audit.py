@@ -174,9 +174,14 @@ def _losses(encoding: Encoding, spec: DataSpec, length: int | None, tally: Tally
         tally.say("too_long", len(tokens), limit, tokens)
     elif part.dropped:
         above = "longer than" if spec.too_long == "drop" else "their answer begins after"
-        tally.say("left_out", len(part.dropped), f"{above} {limit}", [Seen(place, "") for place in part.dropped])
+        tally.say(
+            "left_out",
+            len(part.dropped),
+            f"{above} {limit}",
+            [Seen(place, f"{above} {limit}") for place in part.dropped],
+        )
     if part.truncated:
-        tally.say("cut", len(part.truncated), limit, [Seen(place, "") for place in part.truncated])
+        tally.say("cut", len(part.truncated), limit, [Seen(place, f"cut at {limit}") for place in part.truncated])
     if not part.examples:
         tally.say("nothing_to_learn", 1, f"{part.role} row of {part.source}")
 

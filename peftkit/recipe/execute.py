@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit import locations
 from peftkit.config import Resolved
 from peftkit.environment import environment
 from peftkit.errors import RunError, TrainingError
-from peftkit.events import Decision, Event, Note, Progress, Report, silent
+from peftkit.events import Decision, Event, Note, Progress, Report, Warned, silent
 from peftkit.process_group import ProcessGroup, launched
 from peftkit.recipe.binding import Binding
+from peftkit.recipe.fields import with_whole_paths
 from peftkit.recipe.files import Recipe, default_name
 from peftkit.recipe.follower import FollowerFolder
 from peftkit.recipe.resume import CHECKPOINTS, how_to_resume, keep_recipe
@@ -99,7 +100,9 @@ def execute(
 def _folder(recipe: Recipe, resolved: Resolved[Any], runs: Path | None, resume: RunStatus | None) -> RunFolder:
     if resume is not None:
         return RunFolder.reopen(resume.path)
-    return RunFolder.create(locations.runs_root(runs).path, recipe.name, resolved.as_dict(), environment())
+    return RunFolder.create(
+        locations.runs_root(runs).path, recipe.name, with_whole_paths(resolved.as_dict()), environment()
+    )
 
 
 @contextmanager
@@ -128,22 +131,34 @@ def _recorded_end(run: Run, folder: RunFolder, report: Report, *, resumed: bool)
         if resumed and not run.begun:
             folder.give_back()
             raise
-        folder.finish("interrupted", error=str(error), figures=run.figures)
+        _finish(folder, report, "interrupted", error=str(error), figures=run.figures)
         if isinstance(error, Interrupted):
             raise
-        raise Interrupted(f"run {folder.id} was interrupted{_kept(folder)}", hint=how_to_resume(folder)) from None
+        raise Interrupted(
+            f"run {folder.id} was interrupted{_kept(folder)}", hint=how_to_resume(folder, run.registry.root)
+        ) from None
     except BaseException as error:
         if resumed and not run.begun:
             folder.give_back()
             raise
-        folder.finish("failed", error=f"{type(error).__name__}: {error}", figures=run.figures)
+        _finish(folder, report, "failed", error=f"{type(error).__name__}: {error}", figures=run.figures)
         if kept := _kept(folder):
             report(Note(f"run {folder.id} failed{kept}"))
         # What stopped training itself would stop it again; what came after can be done again.
-        if (how := how_to_resume(folder)) and ("training" in run.figures or not isinstance(error, TrainingError)):
+        if (how := how_to_resume(folder, run.registry.root)) and (
+            "training" in run.figures or not isinstance(error, TrainingError)
+        ):
             report(Note(how))
         raise
-    folder.finish("done", saved_as=run.saved.reference if run.saved else None, figures=run.figures)
+    _finish(folder, report, "done", saved_as=run.saved.reference if run.saved else None, figures=run.figures)
+
+
+def _finish(folder: RunFolder, report: Report, state: Literal["done", "failed", "interrupted"], **facts: Any) -> None:
+    """Record the end; a disk without room for it must not hide how the run ended."""
+    try:
+        folder.finish(state, **facts)
+    except RunError as error:
+        report(Warned(f"how the run ended is not recorded: {error.fact}", error.hint))
 
 
 def _newest(run: RunStatus, report: Report) -> Checkpoint:

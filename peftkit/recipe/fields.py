@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.base.ref import BaseSpec, LocatedBase
+from peftkit.environment import environment
+from peftkit.recipe.files import Recipe
 
 if TYPE_CHECKING:
     from peftkit.backbone.load import Backbone
+    from peftkit.tuning.inject import Tuned
 
 
 def base_fields(backbone: Backbone) -> dict[str, Any]:
@@ -26,6 +29,23 @@ def base_fields(backbone: Backbone) -> dict[str, Any]:
         "parts": backbone.identity.parts(),
         "quantization": backbone.quantization_record(),
         "license": license_of(backbone.base),
+    }
+
+
+def trained_fields(tuned: Tuned, recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says about an adapter that a recipe has trained: on which base, how, from what."""
+    return {
+        "kind": "peft",
+        "base": base_fields(tuned.backbone),
+        "adapter": {**tuned.spec.model_dump(), "trainable_parameters": tuned.trainable_parameters},
+        "recipe": {
+            "name": recipe.name,
+            "sha256": recipe.sha256,
+            "config": without_paths(settings, tuned.backbone.base),
+        },
+        "environment": environment(),
+        "parents": list(tuned.parents),
+        "receipts": list(tuned.receipts),
     }
 
 
@@ -59,3 +79,20 @@ def _is_path(text: str) -> bool:
     with contextlib.suppress(OSError):
         return Path(text).expanduser().is_absolute() or ("/" in text and Path(text).exists())
     return True
+
+
+def with_whole_paths(value: Any) -> Any:
+    """Settings as a run's folder keeps them: files are named from the root, so that any folder can go on with it."""
+    if isinstance(value, Mapping):
+        return {key: with_whole_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [with_whole_paths(item) for item in value]
+    if isinstance(value, str) and value and (_is_path(value) or _is_file_here(value)):
+        return str(Path(value).expanduser().absolute())
+    return value
+
+
+def _is_file_here(text: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return "." in text and len(text) < 256 and Path(text).is_file()
+    return False

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from peftkit.base.ref import LocatedBase, read_config
 from peftkit.config import Resolved
 from peftkit.events import Decision, Note, Report
-from peftkit.planning.architecture import Architecture
+from peftkit.planning.architecture import Architecture, architecture
 from peftkit.planning.concessions import FIELDS
 from peftkit.planning.fit import Fit, fit
 from peftkit.recipe.forecast import changes, setting_of
@@ -47,6 +48,12 @@ def fitted(
     )
     _tell(found, target, report)
     return resolved.changed(changes(given, before, found.setting), f"budget of {target.name}")
+
+
+def known_shape(located: LocatedBase | None) -> Architecture:
+    """The architecture of a base that the audit has found. Raises BaseError for one that no plan knows."""
+    assert located is not None  # audit has found the base
+    return architecture(read_config(located.folder))
 
 
 def asked_for(resolved: Resolved[Any], given: Groups) -> frozenset[str]:

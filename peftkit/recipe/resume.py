@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,15 +46,28 @@ def recipe_and_settings(
     loaded = load(recipe or kept[0])
     config = status.path / "config.yaml"
     if not config.is_file():
-        raise RunError(f"run {status.id} has no settings any more", expected=f"the file {config}")
-    return status, loaded, configure(loaded, files=[config, *files], overrides=overrides)
+        raise RunError(
+            f"run {status.id} has no settings any more",
+            expected=f"the file {config}",
+            hint="start it again without --resume",
+        )
+    resolved = configure(loaded, files=[config, *files], overrides=overrides)
+    if status.state == "done" and status.saved_as and resolved.as_dict() == configure(loaded, files=[config]).as_dict():
+        raise RunError(
+            f"run {status.id} is done, and saved as {status.saved_as}",
+            expected="a run that was interrupted, or more to do",
+            hint=f"peftkit train --resume {status.id} train.num_train_epochs=…, or another save_as",
+        )
+    return status, loaded, resolved
 
 
-def how_to_resume(folder: RunFolder) -> str | None:
+def how_to_resume(folder: RunFolder, registry: Path) -> str | None:
     """The command that goes on with a run, or None when there is no checkpoint of it."""
     if not any((folder.path / CHECKPOINTS).glob("step-*")):
         return None
-    elsewhere = folder.path.parent.absolute() != locations.runs_root().path.absolute()
-    where = f" --runs {folder.path.parent}" if elsewhere else ""
+    words = ["train", "--resume", folder.id]
+    used = {"--runs": (folder.path.parent, locations.runs_root()), "--registry": (registry, locations.registry_root())}
+    for flag, (path, usual) in used.items():
+        words += [flag, str(path)] if path.absolute() != usual.path.absolute() else []
     program = "accelerate launch (as before) -m peftkit" if launched().size > 1 else "peftkit"
-    return f"go on with: {program} train --resume {folder.id}{where}"
+    return f"go on with: {program} {shlex.join(words)}"

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.config import Resolved, dump_yaml
-from peftkit.environment import environment
-from peftkit.errors import OutOfMemory, RunError
+from peftkit.errors import OutOfMemory, RunError, TrainingError
 from peftkit.events import Note, Report, Warned, silent
 from peftkit.plain import as_utf8
 from peftkit.process_group import launched
 from peftkit.recipe.binding import Binding
-from peftkit.recipe.fields import base_fields, without_paths
+from peftkit.recipe.fields import trained_fields, with_whole_paths
 from peftkit.recipe.files import Recipe, default_name
+from peftkit.recipe.keeping import keep_adapter, keep_json
 from peftkit.recipe.resume import CHECKPOINTS, how_to_resume
 from peftkit.recipe.showing import report_comparison
 from peftkit.registry.manifest import Draft
@@ -110,19 +111,15 @@ class Run:
 
         Raises TrainingError when nothing fits, ConfigError for a recipe that cannot be planned or a wrong size.
         """
-        from peftkit.base.ref import read_config
-        from peftkit.planning.architecture import architecture
         from peftkit.recipe.ahead import lengths_of
-        from peftkit.recipe.fitting import fitted
+        from peftkit.recipe.fitting import fitted, known_shape
         from peftkit.recipe.groups import groups
         from peftkit.recipe.target import this_machine
 
         given = groups(self.resolved.config)
         self.target = this_machine(given.quant, budget)
         lengths = lengths_of(self.audit(given.base, given.data), given)
-        assert self._located is not None  # audit has found the base
-        shape = architecture(read_config(self._located.folder))
-        self.resolved = fitted(self.resolved, shape, lengths, self.target, self.report)
+        self.resolved = fitted(self.resolved, known_shape(self._located), lengths, self.target, self.report)
 
     def plan(
         self, base: BaseSpec, quant: QuantSpec, adapter: AdapterSpec, train: TrainSpec, init_from: str | None = None
@@ -179,12 +176,11 @@ class Run:
         """Train the adapter, or go on training it; checkpoints and what was learned are kept in the run's folder."""
         from peftkit.training.checkpoint import Checkpoints
         from peftkit.training.sft import Stopped, train
-        from peftkit.tuning.inject import save_adapter
 
         folder = self._folder()
         if self.binding is not None:
             folder.write_json("binding.json", self.binding.values)
-        folder.write_text("config.yaml", dump_yaml(self.resolved.as_dict()))
+        folder.write_text("config.yaml", dump_yaml(with_whole_paths(self.resolved.as_dict())))
         self.begun = True
         try:
             trained = train(
@@ -199,18 +195,19 @@ class Run:
                 report=self.report,
                 log=self._log,
             )
-        except OutOfMemory:
+        except TrainingError as error:
             if not launched().sharded:  # its parts could not be put together: the others are not at this point
-                save_adapter(tuned, folder.path / UNPUBLISHED)  # the steps before this one are not lost
+                name = UNPUBLISHED if isinstance(error, OutOfMemory) else INTERRUPTED
+                keep_adapter(tuned, folder.path / name, self.report)  # the steps before this one are not lost
             raise
         except (Stopped, KeyboardInterrupt) as stop:
             if launched().sharded and not isinstance(stop, Stopped):
                 raise
-            kept = save_adapter(tuned, folder.path / INTERRUPTED)
+            kept = keep_adapter(tuned, folder.path / INTERRUPTED, self.report)
             what = str(stop) or "interrupted in the middle of a step"
-            where = f"; the adapter as it was is a PEFT checkpoint in {kept}" if launched().leads else ""
-            raise Interrupted(f"training was {what}{where}", hint=how_to_resume(folder)) from None
-        save_adapter(tuned, folder.path / UNPUBLISHED)  # whatever happens while measuring, the training is not lost
+            where = f"; the adapter as it was is a PEFT checkpoint in {kept}" if launched().leads and kept else ""
+            raise Interrupted(f"training was {what}{where}", hint=how_to_resume(folder, self.registry.root)) from None
+        keep_adapter(tuned, folder.path / UNPUBLISHED, self.report)  # whatever happens while measuring
         self.figures["training"] = {**asdict(trained), "tokens_per_second": trained.tokens_per_second}
         rate, loss = trained.tokens_per_second, f"{trained.first_loss:.3f} → {trained.last_loss:.3f}"
         took = f"{trained.steps} steps in {duration(trained.seconds)}: {rate:.0f} tokens/s"
@@ -239,11 +236,11 @@ class Run:
             self.report(Warned(f"{fact}; it is measured again with {spec.batch_size}", "lower evaluate.batch_size"))
         report_comparison(comparison, self.report)
         self.figures["evaluation"] = comparison.figures()
-        self._folder().write_json("samples.json", comparison.samples())
+        keep_json(self._folder(), "samples.json", comparison.samples(), self.report)
         if spec.group_by and comparison.adapter.scores:
             columns = ("group", "rows", "score")
             groups = [dict(zip(columns, group, strict=True)) for group in comparison.by_group(comparison.adapter)]
-            self._folder().write_json("groups.json", groups)
+            keep_json(self._folder(), "groups.json", groups, self.report)
         return comparison
 
     def publish(self, tuned: Tuned, comparison: Comparison, save_as: str | None = None) -> Version:
@@ -252,34 +249,25 @@ class Run:
         from peftkit.tuning.inject import save_adapter
 
         name, backbone, data = save_as or default_name(self.recipe), tuned.backbone, self._audited()
-        records = [data.train.record(), data.held_out.record()]
-        if comparison.held.text is not None:
-            records.append(comparison.held.text.record)
+        texts = [comparison.held.text.record] if comparison.held.text is not None else []
         fields = {
-            "kind": "peft",
-            "base": base_fields(backbone),
-            "adapter": {**tuned.spec.model_dump(), "trainable_parameters": tuned.trainable_parameters},
-            "recipe": {
-                "name": self.recipe.name,
-                "sha256": self.recipe.sha256,
-                "config": without_paths(self.resolved.as_dict(), backbone.base),
-            },
+            **trained_fields(tuned, self.recipe, self.resolved.as_dict()),
             "run": self._folder().id,
-            "data": records,
-            "environment": environment(),
+            "data": [data.train.record(), data.held_out.record(), *texts],
             "metrics": {**comparison.figures(), "other": {**comparison.figures()["other"], **self._training()}},
-            "parents": list(tuned.parents),
-            "receipts": list(tuned.receipts),
         }
         # A file name in another encoding must not cost the training that is already done.
         draft = Draft.model_validate(as_utf8(fields))
-        payload = save_adapter(tuned, self._folder().path / UNPUBLISHED)
-        if launched().leads:
-            target = self.publish_to or self.registry
-            self.saved = target.publish(name, payload, draft, base=backbone.identity.record)
-        self.saved = team().first(self.saved)
-        assert self.saved is not None  # the first process has published it
-        shutil.rmtree(payload)
+        with tempfile.TemporaryDirectory(prefix="peftkit-adapter-") as elsewhere:
+            payload = keep_adapter(tuned, self._folder().path / UNPUBLISHED, self.report)
+            if payload is None and not launched().sharded:  # the runs' disk is full, and the registry may be on another
+                payload = save_adapter(tuned, Path(elsewhere) / UNPUBLISHED)
+            if launched().leads:
+                target = self.publish_to or self.registry
+                self.saved = target.publish(name, _needed(payload), draft, base=backbone.identity.record)
+            self.saved = team().first(self.saved)
+            assert self.saved is not None  # the first process has published it
+            shutil.rmtree(_needed(payload))
         self.report(Note(f"saved as {self.saved.reference} in {self.saved.path}"))
         return self.saved
 
@@ -315,3 +303,9 @@ class Run:
         if self.folder is None:
             raise RunError("a dry run has no folder", expected="nothing after run.plan in a dry run")
         return self.folder
+
+
+def _needed(payload: Path | None) -> Path:
+    if payload is None:
+        raise RunError("the adapter could not be written", hint="free some space in the folder of runs")
+    return payload

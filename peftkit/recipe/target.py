@@ -54,6 +54,7 @@ def card(quant: QuantSpec, gpu_name: str | None, budget: str | None) -> Target:
     found = find_device(gpu_name)
     machine = gpu(found, _compute(quant, found.capability))
     if room is not None:
+        room = min(room, usable(found.memory_bytes))
         return Target("cuda", f"{size(room)} of the {found.name}", room, found.capability, machine)
     return Target("cuda", f"the {found.name}", usable(found.memory_bytes), found.capability, machine)
 

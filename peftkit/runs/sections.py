@@ -236,7 +236,7 @@ def _is_number(value: Any) -> bool:
 def _place(example: Any) -> str:
     if isinstance(example, Mapping):
         return f"{as_text(example.get('where'))}: {as_text(example.get('excerpt'))}"
-    return as_text(example)
+    return str(as_text(example))
 
 
 def _seconds(value: Any) -> str:

@@ -32,6 +32,7 @@ _MAY_CHANGE = (
     # What these name is compared by content, in the groups `data` and `base`.
     "data.train",
     "data.held_out",
+    "data.against",
     "base.source",
     "base.revision",
 )

@@ -99,7 +99,7 @@ class Checkpoints:
             try:
                 return self.load(step)
             except RunError as error:
-                self.report(Warned(f"{error.fact}; the one before it is taken"))
+                self.report(Warned(f"{error.fact}; it is passed over"))
         return None
 
     def load(self, step: int) -> Checkpoint:

@@ -15,7 +15,7 @@ from peftkit.backbone.quiet import quiet
 from peftkit.backbone.shard import shard, whole
 from peftkit.data.chat import Example
 from peftkit.errors import OutOfMemory, TrainingError
-from peftkit.events import Note, Phase, Report, silent
+from peftkit.events import Note, Phase, Report, Warned, silent
 from peftkit.training.bound import rows_digest
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.course import Course
@@ -77,6 +77,9 @@ def train(
     """
     _check(tuned, spec, held_out)
     plan = schedule(examples, spec)
+    if spec.eval_steps and spec.eval_steps > len(plan):
+        fact = f"train.eval_steps={spec.eval_steps} is more than the run's {len(plan)} steps: nothing is measured in it"
+        report(Warned(fact, "lower train.eval_steps"))
     together = team()
     _check_team(together, spec)
     facts = {"settings": spec.model_dump(), "rows": rows_digest(examples), "base": tuned.backbone.identity.fingerprint}

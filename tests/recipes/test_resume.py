@@ -19,10 +19,11 @@ import pytest
 
 from peftkit import locations
 from peftkit.errors import RunError
-from peftkit.events import Event, Phase, Progress
+from peftkit.events import Event, Phase, Progress, Warned
 from peftkit.recipe import Interrupted, Result, configure, execute, find, load, recipe_and_settings
 from peftkit.registry.store import Registry
-from peftkit.runs import RunStatus, list_runs, read_metrics
+from peftkit.runs import RunFolder, RunStatus, list_runs, read_metrics
+from peftkit.tuning import inject
 
 Report = Callable[[Event], None]
 
@@ -225,6 +226,48 @@ def test_more_epochs_and_other_saving_are_allowed(settings: list[str]) -> None:
     assert [step for step, _ in losses(last())] == list(range(1, 10))
     assert result.saved_as is not None
     assert result.saved_as.startswith("longer@")
+
+
+def test_a_run_that_is_done_is_not_published_again(settings: list[str]) -> None:
+    start(settings)
+    with pytest.raises(RunError, match="is done, and saved as tickets@"):
+        resume()
+
+
+def test_a_run_is_resumed_from_any_folder(
+    settings: list[str], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rows.parent)
+    relative = [text.replace(str(rows), rows.name) for text in settings]
+    with pytest.raises(Interrupted):
+        start(relative, at(4, KeyboardInterrupt()))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert resume().saved_as is not None
+
+
+def test_a_full_disk_of_runs_does_not_cost_the_adapter(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry may be on another disk: the run ends there, and says what it could not keep."""
+    true_save, true_text = inject.save_adapter, RunFolder.write_text
+
+    def save(tuned: Any, folder: Path) -> Path:
+        if runs() in folder.parents:
+            raise OSError(28, "No space left on device")
+        return true_save(tuned, folder)
+
+    def text(self: RunFolder, name: str, content: str) -> Path:
+        if name in ("samples.json", "status.json"):
+            raise RunError(f"{name} cannot be written: No space left on device")
+        return true_text(self, name, content)
+
+    monkeypatch.setattr(inject, "save_adapter", save)
+    monkeypatch.setattr(RunFolder, "write_text", text)
+    said: list[Event] = []
+    assert start(settings, said.append).saved_as is not None
+    texts = [event.text for event in said if isinstance(event, Warned)]
+    assert any("the adapter could not be kept in" in text for text in texts)
+    assert any("samples.json cannot be written" in text for text in texts)
+    assert any("how the run ended is not recorded" in text for text in texts)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(settings: list[str]) -> None:
