@@ -15,6 +15,7 @@ from peftkit.backbone.decide import Placement, label, place
 from peftkit.backbone.locate import locate
 from peftkit.backbone.quiet import quiet
 from peftkit.backbone.spec import QuantSpec
+from peftkit.backbone.upload import agree_with_upload
 from peftkit.base.identity import BaseIdentity, identify, weight_files
 from peftkit.base.places import remember_place
 from peftkit.base.ref import BaseSpec, LocatedBase, read_config
@@ -65,7 +66,7 @@ def load_backbone(
     _refuse_sharded_int8(quant)
     located = located or locate(base, cache, report)
     config = read_config(located.folder)
-    quant = _agree_with_upload(quant, config, located.source)
+    quant = agree_with_upload(quant, config, located.source)
     _refuse_remote_code(config, located.source)
     weight_files(located.folder)
     placement = place(quant)
@@ -130,37 +131,6 @@ def _bitsandbytes_config(quant: QuantSpec, placement: Placement) -> BitsAndBytes
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=placement.compute_dtype,
         bnb_4bit_quant_storage=torch.uint8,
-    )
-
-
-def _agree_with_upload(quant: QuantSpec, config: dict[str, Any], source: str) -> QuantSpec:
-    """Take over the quantization of an already quantized bitsandbytes upload, or refuse by name."""
-    stored = config.get("quantization_config")
-    if not stored:
-        return quant
-    if not isinstance(stored, dict):
-        raise BackboneError(f"{source} has a quantization_config that is no object", expected="a JSON object")
-    method = str(stored.get("quant_method", "unknown"))
-    if method != "bitsandbytes":
-        raise BackboneError(
-            f"{source} is already quantized with {method}",
-            expected="a 16- or 32-bit upload, or one quantized with bitsandbytes",
-            hint="use the 16-bit upload of the same model: peftkit quantizes it while loading (quant.bits=4)",
-        )
-    bits = 4 if stored.get("load_in_4bit") else 8
-    if quant.bits != bits:
-        raise BackboneError(
-            f"{source} is stored in {bits} bits, but quant.bits={quant.bits}",
-            expected=f"quant.bits={bits}",
-            hint=f"set quant.bits={bits}, or use the 16-bit upload of the same model",
-        )
-    if bits == 8:
-        return quant
-    return quant.model_copy(
-        update={
-            "quant_type": str(stored.get("bnb_4bit_quant_type", "fp4")),
-            "double_quant": bool(stored.get("bnb_4bit_use_double_quant", False)),
-        }
     )
 
 

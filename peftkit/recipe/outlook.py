@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.backbone.locate import locate
+from peftkit.backbone.upload import agree_with_upload
 from peftkit.base.ref import longest_sequence, read_config
 from peftkit.config import Resolved
-from peftkit.events import Note, Report, silent
+from peftkit.events import Note, Report, Warned, silent
 from peftkit.planning.architecture import architecture
 from peftkit.recipe.fitting import fitted
 from peftkit.recipe.forecast import Forecast, forecast
@@ -33,7 +34,11 @@ def outlook(
     """
     given = groups(resolved.config)
     located = locate(given.base, cache, report, weights=False)
-    shape = architecture(read_config(located.folder))
+    config = read_config(located.folder)
+    agree_with_upload(given.quant, config, located.source)
+    shape = architecture(config)
+    if "vision_config" in config:
+        report(Warned("the plan is that of the language model alone: this base sees images too", None))
     lengths = _lengths(given, located.folder, report)
     if fit:
         resolved = fitted(resolved, shape, lengths, target, report, shorter=shorter)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from peftkit import locations
-from peftkit.errors import ConfigError, OutOfMemory, RunError, TrainingError
+from peftkit.errors import BackboneError, ConfigError, OutOfMemory, RunError, TrainingError
 from peftkit.events import Decision, Event, Note, Warned
 from peftkit.recipe import Result, configure, execute, find, load
 from peftkit.recipe import ahead as ahead_module
@@ -86,6 +86,19 @@ def test_a_plan_reads_nothing_but_the_config(config_8b: Path) -> None:
         found.check_memory(lambda event: None)
     assert "--budget" in str(caught.value)
     assert {part["where"] for part in found.as_record()["disk"]} == {"runs", "registry", "out"}
+
+
+def test_what_cannot_be_loaded_is_not_planned(config_8b: Path) -> None:
+    config = {**LLAMA_8B, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (config_8b / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match="already quantized with gptq"):
+        plan(config_8b, card(quant(), None, "12GB"))
+
+
+def test_a_card_is_never_larger_than_it_is(config_8b: Path) -> None:
+    found, _ = plan(config_8b, card(quant(), "RTX 3060 12GB", "24GB"), "data.max_length=512")
+    assert found.target.bytes is not None
+    assert found.target.bytes < 12 * 2**30
 
 
 def test_an_old_card_has_no_bfloat16(config_8b: Path) -> None:
