@@ -117,7 +117,7 @@ def recall(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def rules(folder: Path, fault: dict[str, Any], side: str, tokenizer: Tokenizer) -> set[str]:
-    """The rules that one side of a fault breaks; "reading" where the file is refused."""
+    """The rules that one side of a fault breaks; "reading" where a row or the file cannot be read."""
     prefix = "" if side == "rows" else "twin_"
     name = fault.get("background", "background")
     before = [] if fault.get("alone") else [json.loads(line) for line in (PLANTED / f"{name}.jsonl").open()]
@@ -130,7 +130,8 @@ def rules(folder: Path, fault: dict[str, Any], side: str, tokenizer: Tokenizer) 
         settings = {**settings, "against": write(folder, "against", fault[f"{prefix}against"])}
     files = {"train": write(folder, "rows", before + fault[side]), "held_out": write(folder, "held", held)}
     try:
-        return {finding.rule for finding in inspect(DataSpec(**files, **settings), tokenizer, None).findings}
+        found = {finding.rule for finding in inspect(DataSpec(**files, **settings), tokenizer, None).findings}
+        return {"reading" if rule == "unreadable" else rule for rule in found}
     except DataError:
         return {"reading"}
 

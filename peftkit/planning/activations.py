@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 
 from peftkit.planning.architecture import Architecture
@@ -44,7 +44,19 @@ def activations(architecture: Architecture, setting: Setting, *, masked: bool = 
     plain = replace(setting, optim="sgd", rows_per_step=1, activation_offloading=False, double_quant=True)
     plain = replace(plain, evaluation_batch=1, evaluation_longest=1, max_new_tokens=1)
     masked = masked or architecture.family.always_masked
-    return _activations(_Case(architecture, plain, masked, setting.rows_per_step > setting.micro_batch))
+    case = _Case(architecture, plain, masked, setting.rows_per_step > setting.micro_batch)
+    if masked or setting.longest <= architecture.window or not architecture.sliding_layers:
+        return _activations(case)
+    return _mixed(_activations(case), _activations(replace(case, masked=True)), architecture)
+
+
+def _mixed(plain: Activations, masked: Activations, architecture: Architecture) -> Activations:
+    """Layers that slide need a mask for rows beyond their window; the others need none."""
+    share = architecture.sliding_layers / architecture.layers
+    kept, logits, hump, peak = (
+        int(low + (high - low) * share) for low, high in zip(astuple(plain), astuple(masked), strict=True)
+    )
+    return Activations(kept, logits, hump, peak)
 
 
 @lru_cache(maxsize=512)

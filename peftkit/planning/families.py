@@ -51,6 +51,7 @@ class Family:
     activation: str = "silu"
     """Where config.json does not name one."""
     scaled_embedding: bool = False
+    """The model scales what the embedding gave; Gemma's embedding does it itself."""
     scaled_residual: bool = False
     experts: bool = False
     always_masked: bool = False
@@ -62,7 +63,7 @@ class Family:
 
 
 _LLAMA = Family()
-_GEMMA = Family(tied=True, head_dim=256, activation="gelu_pytorch_tanh", scaled_embedding=True)
+_GEMMA = Family(tied=True, head_dim=256, activation="gelu_pytorch_tanh")
 _GPT2 = Family(
     tied=True, attention="attn", qkv=("c_attn",), output="c_proj", gate=("c_fc",), gated=False, down="c_proj",
     qkv_bias=True, output_bias=True, mlp_bias=True, norm="layer", norm_weights=2, rotary=False, positions=0,

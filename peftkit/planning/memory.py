@@ -187,7 +187,7 @@ def _loading(architecture: Architecture, setting: Setting, held: Range) -> Range
         return held + Range(0, flight, 2 * flight)
     file = architecture.parameters * architecture.stored
     if SIZES[setting.dtype] == architecture.stored and held_bits(architecture, setting) > 8:
-        return Range(0, held.expected, held.high + flight)  # the map is the weights, and is read when they are used
+        return Range(0, 0, held.high + flight)  # the map is the weights, and is read when they are used
     return held + Range(flight, file, file + 2 * flight)
 
 

@@ -75,7 +75,8 @@ def trained_tensors(architecture: Architecture, setting: Setting) -> Iterator[tu
             yield linear.out * linear.into, linear.count
             if linear.bias:
                 yield linear.out, linear.count
-        for numbers in (architecture.embedding_parameters, architecture.head_parameters):
+        positions = architecture.position_parameters
+        for numbers in (architecture.embedding_parameters - positions, positions, architecture.head_parameters):
             if numbers:
                 yield numbers, 1
         yield from _norm_tensors(architecture)
@@ -146,13 +147,16 @@ def _eight_bit(numbers: int) -> int:
 
 
 def update_scratch(architecture: Architecture, setting: Setting) -> int:
-    """Bytes that the update of the weights needs: square roots of all (CUDA's multi-tensor AdamW) or one tensor's."""
+    """Bytes that the update of the weights needs: square roots of all (CUDA's multi-tensor AdamW), or of one tensor.
+
+    Tensor by tensor the quotient beside the root is a second one (`_single_tensor_adam` in torch/optim/adam.py).
+    """
     if setting.optim != "adamw_torch":
         return 0
     sizes = [numbers for numbers, _ in trained_tensors(architecture, setting)]
     if setting.device == "cuda":
         return trained_parameters(architecture, setting) * trained_size(setting)
-    return max(sizes, default=0) * trained_size(setting)
+    return 2 * max(sizes, default=0) * trained_size(setting)
 
 
 def largest_tensor(architecture: Architecture) -> int:

@@ -104,7 +104,7 @@ def test_a_backward_pass_by_hand() -> None:
 
 
 def test_gradients_that_meet_are_summed_in_new_memory() -> None:
-    """What linear layers send are views, which take no sum: a tied head has its gradient, the embedding's, their sum."""
+    """What linear layers send are views, which take no sum: the head's gradient, the embedding's, and their sum."""
     tape = Tape()
     weight = tape.weight(100, 4, uses=2)
     first = tape.op([weight], 1, 4)
@@ -125,6 +125,16 @@ def test_the_embedded_tokens_stay_under_checkpointing() -> None:
         activations(replace(gpt2, position_parameters=each), setting).kept for each in (gpt2.position_parameters, 0)
     )
     assert learned - plain == 2 * 96 * 64 * 4
+
+
+def test_layers_that_slide_have_masks_for_rows_beyond_their_window() -> None:
+    config = {**TINY, "model_type": "gemma3_text", "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 64}
+    base = architecture(config)
+    setting = replace(CPU, micro_batch=2, longest=96, labelled=95)
+    beyond, within = (activations(replace(base, window=each), setting).kept for each in (64, 96))
+    numbers, shared = 2 * 96 * 96 * 4, 2 * 96 * 96
+    per_head = 2 * 2 * 96 * (4 - 2) * 16 * 4  # keys and values are repeated for the query heads
+    assert beyond - within == 5 * (numbers + per_head) + shared * 5 // 6
 
 
 def test_measuring_held_out_rows_needs_what_the_ledger_counts() -> None:
