@@ -24,15 +24,15 @@ class Placement:
     decisions: tuple[Decision, ...]
 
 
-def place(spec: QuantSpec) -> Placement:
-    """Decide device, dtypes and attention kernel for `spec` on this machine.
+def place(spec: QuantSpec, *, fused: bool = True) -> Placement:
+    """Decide device, dtypes and attention kernel for `spec` on this machine; not `fused`: the model takes eager alone.
 
     Raises BackboneError when the spec asks for what the machine or the bit width does not have.
     """
     device, device_why = _device(spec)
     compute, compute_why = _compute_dtype(spec, device)
     dtype, dtype_why = _plain_dtype(spec, compute)
-    attention, attention_why = _attention(spec, device, compute)
+    attention, attention_why = _attention(spec, device, compute, fused)
     decisions = (
         Decision("device", str(device), device_why),
         Decision("weights", spec.label, _weights_reason(spec, dtype)),
@@ -107,9 +107,11 @@ def _plain_dtype(spec: QuantSpec, compute: torch.dtype) -> tuple[torch.dtype, st
     return getattr(torch, spec.dtype), "asked for"
 
 
-def _attention(spec: QuantSpec, device: torch.device, compute: torch.dtype) -> tuple[str, str]:
+def _attention(spec: QuantSpec, device: torch.device, compute: torch.dtype, fused: bool) -> tuple[str, str]:
     if spec.attention != "auto":
         return spec.attention, "asked for"
+    if not fused:
+        return "eager", "the model changes attention scores in a way that no fused kernel of torch does"
     if device.type != "cuda":
         return "sdpa", "torch's own kernel; flash_attention_2 needs CUDA"
     if not is_flash_attn_2_available() or torch.cuda.get_device_capability(device) < (8, 0):

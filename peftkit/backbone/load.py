@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from peftkit.backbone.contain import contain_bitsandbytes, quantized_linears
 from peftkit.backbone.decide import Placement, label, place
@@ -69,7 +70,7 @@ def load_backbone(
     quant = agree_with_upload(quant, config, located.source)
     _refuse_remote_code(config, located.source)
     weight_files(located.folder)
-    placement = place(quant)
+    placement = place(quant, fused=_takes_sdpa(config))
     for decision in placement.decisions:
         report(decision)
     identity = identify(located.folder, cache)
@@ -132,6 +133,12 @@ def _bitsandbytes_config(quant: QuantSpec, placement: Placement) -> BitsAndBytes
         bnb_4bit_compute_dtype=placement.compute_dtype,
         bnb_4bit_quant_storage=torch.uint8,
     )
+
+
+def _takes_sdpa(config: dict[str, Any]) -> bool:
+    """Whether transformers has torch's fused attention for this architecture (not for Gemma-2, which caps scores)."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[str(config["model_type"])], None)
+    return bool(getattr(kind, "_supports_sdpa", True))
 
 
 def _refuse_sharded_int8(quant: QuantSpec) -> None:

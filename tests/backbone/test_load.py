@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_bases import write_tokenizer
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from peftkit.backbone.bnb import Linear4bit, Linear8bitLt
 from peftkit.backbone.contain import base_tensors, quantized_linears
+from peftkit.backbone.load import load_backbone
 from peftkit.backbone.quantize import footprint
+from peftkit.backbone.spec import QuantSpec
+from peftkit.base.ref import BaseSpec
 from peftkit.errors import BackboneError, BaseError, PeftkitError
 
 
@@ -214,3 +219,21 @@ def test_the_same_base_loads_bitwise_the_same(load: Callable[..., Any]) -> None:
     first, second = base_tensors(load(bits=4).model), base_tensors(load(bits=4).model)
     assert len(first) > 14
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_model_without_a_fused_kernel_is_loaded_eager(tmp_path: Path) -> None:
+    """transformers refuses sdpa for Gemma-2, whose scores are capped; nobody asked for a kernel here."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=512, num_key_value_heads=1, head_dim=64, **sizes)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    write_tokenizer(tmp_path / "gemma2")
+    said: list[Any] = []
+    backbone = load_backbone(
+        BaseSpec(source=str(tmp_path / "gemma2")), QuantSpec(bits=4), tmp_path / "cache", report=said.append
+    )
+    assert backbone.model.config._attn_implementation == "eager"
+    assert [event.choice for event in said if getattr(event, "what", "") == "attention"] == ["eager"]
+    with pytest.raises(BackboneError, match="sdpa"):
+        asked = QuantSpec(bits=4, attention="sdpa")
+        load_backbone(BaseSpec(source=str(tmp_path / "gemma2")), asked, tmp_path / "cache")
