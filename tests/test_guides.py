@@ -150,6 +150,8 @@ def test_the_commands_of_a_run_one_after_the_other(
                 assert main([*arguments, *small]) == 0, capfd.readouterr().err
             ids = sorted(path.name for path in (faulty / "runs").iterdir())
             assert len(ids) == 2
+            status = faulty / "runs" / ids[0] / "status.json"  # the guide goes on with a run that was interrupted
+            status.write_text(json.dumps({**json.loads(status.read_text()), "state": "interrupted", "saved_as": None}))
         else:
             assert main(arguments) == 0, f"{command}\n{capfd.readouterr().err}"
     assert (faulty / "report.html").stat().st_size > 1000
@@ -195,5 +197,5 @@ def test_figures_and_files_that_the_guides_name_exist() -> None:
     assert f"`train.save_total_limit` ({TrainSpec().save_total_limit})" in NO_WASTED_RUN
     assert f"quiet for the next {watchdog_rules.QUIET} steps" in NO_WASTED_RUN
     (listed,) = re.findall(r"- \*\*May change\*\*: (.*?)\n- ", NO_WASTED_RUN, re.DOTALL)
-    by_content = ("data.train", "data.held_out", "base.source", "base.revision")
+    by_content = ("data.train", "data.held_out", "data.against", "base.source", "base.revision")
     assert [key for key in _MAY_CHANGE if key not in by_content and key.removeprefix("train.") not in listed] == []

@@ -166,7 +166,7 @@ class _Search:
         last = self.last_rung(self.start)
         if not self._any_fits(_shortened(last, 1)):
             return None
-        low, high = 1, self.start.longest
+        low, high = 1, _limit(self.start)
         while low < high:
             middle = (low + high + 1) // 2
             if self._any_fits(_shortened(last, middle)):
@@ -177,11 +177,12 @@ class _Search:
 
     def concessions(self, before: Setting, after: Setting) -> Iterator[Concession]:
         """The changes from one setting to the other, field by field, each on top of those before it."""
-        names = [name for name in (*FIELDS, "longest") if getattr(before, name) != getattr(after, name)]
+        names = [name for name in FIELDS if getattr(before, name) != getattr(after, name)]
+        names += ["longest"] if _limit(before) != _limit(after) else []
         for name in sorted(names, key=lambda name: _spends(name, before, after)):  # what saves memory comes first
-            changed = replace(before, **{name: getattr(after, name)})
-            if name == "longest":
-                changed = replace(changed, labelled=after.labelled, evaluation_longest=after.evaluation_longest)
+            changed = _shortened(before, _limit(after))
+            if name != "longest":
+                changed = replace(before, **{name: getattr(after, name)})
             yield self._concession(name, before, changed)
             before = changed
 
@@ -190,7 +191,9 @@ class _Search:
         saved = self._stage(before, stage) - self._stage(after, stage)
         clock = self.evaluation_seconds if name == "evaluation_batch" else self.seconds
         factor = clock(after) / clock(before)
-        was, now = getattr(before, name), getattr(after, name)
+        was, now = (
+            (_limit(before), _limit(after)) if name == "longest" else (getattr(before, name), getattr(after, name))
+        )
         return Concession(name, was, now, saved, factor, reason(name, after, was, now, saved, factor))
 
     def _stage(self, setting: Setting, name: StageName) -> int:
@@ -221,8 +224,13 @@ def _spends(name: str, before: Setting, after: Setting) -> bool:
 
 def _shortened(setting: Setting, longest: int) -> Setting:
     """Training and held-out rows cut at `longest` tokens: data.max_length holds for both."""
-    held_out = min(setting.evaluation_longest, longest)
-    return replace(setting, longest=longest, labelled=min(setting.labelled, longest), evaluation_longest=held_out)
+    cut = {name: min(getattr(setting, name), longest) for name in ("longest", "labelled", "evaluation_longest")}
+    return replace(setting, **cut)
+
+
+def _limit(setting: Setting) -> int:
+    """Tokens of the longest row of all."""
+    return max(setting.longest, setting.evaluation_longest)
 
 
 def _too_small(search: _Search) -> TrainingError:
@@ -232,7 +240,7 @@ def _too_small(search: _Search) -> TrainingError:
     peak = search.need(least)
     hints = list(_released(search))
     if "longest" not in search.fixed and (longest := search.longest()):
-        hints.append(f"cut rows at {number(longest)} tokens (the longest has {number(search.start.longest)})")
+        hints.append(f"cut rows at {number(longest)} tokens (the longest has {number(_limit(search.start))})")
     smaller = search.architecture.parameters * search.budget / peak
     hints.append(f"take a smaller base, by proportion about {smaller / 1e9:.1f} billion parameters")
     kept = "".join(f", {name}={getattr(search.start, name)}" for name in FIELDS if name in search.fixed)

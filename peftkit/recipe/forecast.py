@@ -170,8 +170,9 @@ def changes(given: Groups, before: Setting, after: Setting) -> dict[str, Any]:
         values[f"{train}.optim"] = after.optim
     if after.evaluation_batch != before.evaluation_batch:
         values[f"{evaluate}.batch_size"] = after.evaluation_batch
-    if after.longest != before.longest:
-        values |= {f"{data}.max_length": after.longest, f"{data}.too_long": "truncate"}
+    limit = max(after.longest, after.evaluation_longest)
+    if limit != max(before.longest, before.evaluation_longest):
+        values |= {f"{data}.max_length": limit, f"{data}.too_long": "truncate"}
     return values
 
 

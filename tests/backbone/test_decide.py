@@ -24,6 +24,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a pretended GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(decide, "is_flash_attn_2_available", lambda: flash_attn)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(capability is not None))
 
     return pretend
 

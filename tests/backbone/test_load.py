@@ -234,6 +234,6 @@ def test_a_model_without_a_fused_kernel_is_loaded_eager(tmp_path: Path) -> None:
     )
     assert backbone.model.config._attn_implementation == "eager"
     assert [event.choice for event in said if getattr(event, "what", "") == "attention"] == ["eager"]
-    with pytest.raises(BackboneError, match="sdpa"):
+    with pytest.raises(BackboneError, match="scaled_dot_product_attention"):
         asked = QuantSpec(bits=4, attention="sdpa")
         load_backbone(BaseSpec(source=str(tmp_path / "gemma2")), asked, tmp_path / "cache")

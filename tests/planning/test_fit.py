@@ -153,9 +153,12 @@ def test_with_consent_rows_are_cut_no_more_than_needed(base: Architecture, asked
         return
     assert high(base, found) <= budget
     assert found.rows_per_step == asked.rows_per_step
-    assert found.evaluation_longest == asked.evaluation_longest
-    if found.longest < asked.longest:
-        longer = replace(asked, longest=found.longest + 1, labelled=min(asked.labelled, found.longest + 1))
+    limit = max(found.longest, found.evaluation_longest)  # data.max_length holds for held-out rows too
+    cut = {name: min(getattr(asked, name), limit) for name in ("longest", "evaluation_longest")}
+    assert cut == {"longest": found.longest, "evaluation_longest": found.evaluation_longest}
+    if limit < max(asked.longest, asked.evaluation_longest):
+        names = ("longest", "labelled", "evaluation_longest")
+        longer = replace(asked, **{name: min(getattr(asked, name), limit + 1) for name in names})
         with pytest.raises(TrainingError):
             fit(base, longer, budget)
 

@@ -80,17 +80,15 @@ def free(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str,
     return found
 
 
-@pytest.mark.parametrize(("room", "conceded"), [(18, ["with 4 at once"]), (6, ["with 1 at once", "checkpointing"])])
 def test_the_step_is_repeated_in_smaller_pieces_with_the_same_loss(
-    tmp_path: Path, tiny_base: Path, free: dict[str, Any], room: int, conceded: list[str]
+    tmp_path: Path, tiny_base: Path, free: dict[str, Any]
 ) -> None:
-    found = process(tmp_path, tiny_base, room)
+    found = process(tmp_path, tiny_base, 18)
     assert found["micro"]["1"] == 1.0
     assert found["micro"]["2"] == found["micro"]["4"] > 1.0, "what fits is kept for the rest of the run"
     assert "out of memory in step 2 with 8 rows at once, the longest of 512 tokens" in found["said"][0]
+    assert "the step is repeated with 4 at once" in found["said"][0]
     assert "the effective batch stays 8 rows" in found["said"][0]
-    for text in conceded:
-        assert any(text in said for said in found["said"])
     # float32 sums of 4,096 terms in another order
     assert list(found["losses"].values()) == pytest.approx(list(free["losses"].values()), rel=1e-5)
 

@@ -85,7 +85,12 @@ def whole(tuned: Make, rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> 
     return found
 
 
-@pytest.mark.parametrize("at", range(1, STEPS + 1))
+EARLY_AND_LATE = (2, 5)
+
+
+@pytest.mark.parametrize(
+    "at", [at if at in EARLY_AND_LATE else pytest.param(at, marks=pytest.mark.full) for at in range(1, STEPS + 1)]
+)
 def test_killed_at_any_step(tuned: Make, rows: Rows, tmp_path: Path, whole: Any, at: int) -> None:
     """Killed after the gradients of step `at` and before its update: the checkpoint before it is what there is."""
     first: Trace = {}
@@ -147,6 +152,7 @@ def test_a_second_signal_ends_at_once(tuned: Make, rows: Rows, tmp_path: Path) -
     assert Checkpoints(tmp_path / "cut").steps() == [1, 2]
 
 
+@pytest.mark.full
 def test_resumed_twice_and_after_the_end(tuned: Make, rows: Rows, tmp_path: Path, whole: Any) -> None:
     for at in (2, 5):
 
@@ -163,6 +169,7 @@ def test_resumed_twice_and_after_the_end(tuned: Make, rows: Rows, tmp_path: Path
     assert_same(again, whole, whole[2])
 
 
+@pytest.mark.full
 def test_more_epochs_go_on_from_the_end(tuned: Make, rows: Rows, tmp_path: Path) -> None:
     """With a constant rate, three epochs and then three more are six."""
     settings = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0, "num_train_epochs": 4.0}
@@ -251,6 +258,7 @@ def test_a_damaged_newest_one_never_outlives_good_ones(tuned: Make, rows: Rows, 
     assert kept.steps() == [2]
 
 
+@pytest.mark.full
 def test_killed_inside_the_save(
     tuned: Make, rows: Rows, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +312,7 @@ def test_a_signal_in_the_last_step_ends_the_run_too(tuned: Make, rows: Rows, tmp
     assert (caught.value.step, caught.value.kept) == (STEPS, STEPS)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("left_out", ["adapter", "optimizer", "random", "scheduler", "journal"])
 def test_nothing_in_a_checkpoint_can_be_left_out(
     tuned: Make, rows: Rows, tmp_path: Path, whole: Any, left_out: str, monkeypatch: pytest.MonkeyPatch
