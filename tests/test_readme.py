@@ -109,6 +109,28 @@ def test_measured_figures_stand_in_the_results() -> None:
         assert f"{round(score['mean'] * score['n'])} of {score['n']} {what}" in " ".join(README.split())
 
 
+def test_figures_of_plan_and_audit_stand_in_the_results() -> None:
+    text = " ".join(README.split())
+    ledger = json.loads((ROOT / "benchmarks/results/plan_ledger.json").read_text())
+    for part, cells in (("development", 176), ("kept_out", 64)):
+        peak = ledger[part]["summary of cells"]["peak"]
+        assert (peak["cells"], peak["within"]) == (cells, 1.0)
+        assert f"all {cells} " in text
+    kept = ledger["kept_out"]["summary of cells"]["kept"]
+    worst = min(case["error"] for case in ledger["kept_out"]["summary of cells"]["allocated"]["worst"])
+    assert f"worst −{-worst:.1%}".replace("%", " %") in text
+    assert f"activations on {round(kept['within'] * kept['cells'])} of the {kept['cells']}" in text
+    published = json.loads((ROOT / "benchmarks/results/plan_published.json").read_text())["summary"]
+    assert f"{published['within']} of {published['scored']} published figures" in text
+    assert f"{published['training_within']} of the {published['training_scored']} of training" in text
+    audit = json.loads((ROOT / "benchmarks/results/audit.json").read_text())
+    assert f"all {audit['planted']['faults']} faults" in text
+    assert audit["planted"]["found"] == audit["planted"]["faults"]
+    assert audit["planted"]["alarms_on_twins"] == {}
+    (large,) = [run for run in audit["time"] if run["rows"] == 100_000]
+    assert f"({large['tokens'] / 1e6:.1f} million tokens) in {large['seconds']:.0f} s" in text
+
+
 def test_every_command_is_in_the_table() -> None:
     from typer.main import get_command
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+from peftkit.backbone.quiet import quiet
 from peftkit.errors import OutOfMemory
 from peftkit.events import Report, Warned
 from peftkit.training.journal import Journal
@@ -68,8 +69,18 @@ def release(device: torch.device) -> None:
 def checkpoint_activations(tuned: Tuned) -> None:
     """Switch gradient checkpointing on, as Trainer does."""
     base = tuned.model.get_base_model()
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with quiet():  # Trainer calls these names still; transformers 5.23 has begun to rename them
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     base.enable_input_require_grads()
+
+
+def keep_activations(tuned: Tuned) -> None:
+    """Switch gradient checkpointing off again, if it is on."""
+    base = tuned.model.get_base_model()
+    if base.is_activation_checkpointing:
+        with quiet():
+            base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
 
 
 def _beyond_repeating(step: Step, journal: Journal) -> OutOfMemory:

@@ -17,7 +17,7 @@ from peftkit.data.chat import Example
 from peftkit.generation.engine import generate
 from peftkit.generation.forward import autocast, row_nll
 from peftkit.training import random_state
-from peftkit.training.memory import checkpoint_activations, release
+from peftkit.training.memory import checkpoint_activations, keep_activations, release
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step
 from peftkit.tuning.inject import Tuned
@@ -103,15 +103,12 @@ def _longest(rows: Sequence[Example], count: int) -> list[Example]:
 @contextlib.contextmanager
 def _as_in_training(tuned: Tuned, spec: TrainSpec) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """The model as training has it; the value is what a forward and backward pass runs in."""
-    base = tuned.model.get_base_model()
     if spec.gradient_checkpointing:
         checkpoint_activations(tuned)
     try:
         yield get_act_offloading_ctx_manager(tuned.model) if spec.activation_offloading else contextlib.nullcontext()
     finally:
-        if spec.gradient_checkpointing:
-            base.gradient_checkpointing_disable()
-            base.disable_input_require_grads()
+        keep_activations(tuned)
 
 
 def _step(tuned: Tuned, rows: Sequence[Example], around: contextlib.AbstractContextManager[Any]) -> None:

@@ -19,7 +19,7 @@ from peftkit.events import Note, Phase, Report, Warned, silent
 from peftkit.training.bound import rows_digest
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.course import Course
-from peftkit.training.memory import is_out_of_memory, peak_bytes, reset_peak
+from peftkit.training.memory import is_out_of_memory, keep_activations, peak_bytes, reset_peak
 from peftkit.training.parallel import Team, digest, team
 from peftkit.training.schedule import schedule
 from peftkit.training.spec import TrainSpec
@@ -149,9 +149,7 @@ def _model_as_it_was(tuned: Tuned) -> Iterator[None]:
         for config, before in configs:
             vars(config).clear()
             vars(config).update(before)
-        if base.is_gradient_checkpointing:
-            base.gradient_checkpointing_disable()
-            base.disable_input_require_grads()
+        keep_activations(tuned)
         tuned.model.eval()
 
 
