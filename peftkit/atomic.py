@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from peftkit.durable import sync_folder
+
 
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that readers see the old bytes or the new ones, also after a power cut."""
@@ -20,12 +22,3 @@ def replace_file(path: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the entries of a folder (created, renamed) durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

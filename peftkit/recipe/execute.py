@@ -18,11 +18,12 @@ from peftkit.recipe.binding import Binding
 from peftkit.recipe.fields import with_whole_paths
 from peftkit.recipe.files import Recipe, default_name
 from peftkit.recipe.follower import FollowerFolder
-from peftkit.recipe.resume import CHECKPOINTS, how_to_resume, keep_recipe
-from peftkit.recipe.run import UNPUBLISHED, Interrupted, PlannedOnly, Run
+from peftkit.recipe.resume import how_to_resume, keep_recipe
+from peftkit.recipe.run import Interrupted, PlannedOnly, Run
 from peftkit.registry.layout import check_name
 from peftkit.registry.store import Registry
 from peftkit.runs import RunFolder, RunStatus
+from peftkit.runs.contents import CHECKPOINTS, UNPUBLISHED
 
 if TYPE_CHECKING:
     from peftkit.training.checkpoint import Checkpoint

@@ -14,10 +14,9 @@ from peftkit.errors import RunError
 from peftkit.process_group import launched
 from peftkit.recipe.files import Recipe, configure, load
 from peftkit.runs import RunFolder, RunStatus, load_run
+from peftkit.runs.contents import CHECKPOINTS
 
 _RECIPE = "recipe"
-CHECKPOINTS = "checkpoints"
-"""Where a run keeps its checkpoints."""
 
 
 def keep_recipe(recipe: Recipe, folder: RunFolder) -> None:

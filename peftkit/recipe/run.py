@@ -18,12 +18,13 @@ from peftkit.recipe.binding import Binding
 from peftkit.recipe.fields import trained_fields, with_whole_paths
 from peftkit.recipe.files import Recipe, default_name
 from peftkit.recipe.keeping import keep_adapter, keep_json
-from peftkit.recipe.resume import CHECKPOINTS, how_to_resume
+from peftkit.recipe.resume import how_to_resume
 from peftkit.recipe.showing import report_comparison
 from peftkit.registry.manifest import Draft
 from peftkit.registry.store import Registry, Version
 from peftkit.render import duration, size
 from peftkit.runs import RunFolder
+from peftkit.runs.contents import CHECKPOINTS, INTERRUPTED, UNPUBLISHED
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` does not need it
     from peftkit.backbone.load import Backbone
@@ -38,10 +39,6 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` d
     from peftkit.training.spec import TrainSpec
     from peftkit.tuning.inject import Tuned
     from peftkit.tuning.methods import AdapterSpec
-
-
-# Where a run keeps its trained adapter until the registry has it, and what an interrupted one had learned.
-UNPUBLISHED, INTERRUPTED = "adapter", "interrupted"
 
 
 class Interrupted(RunError):

@@ -14,7 +14,9 @@ from typing import Any
 from peftkit.render import interval, number
 
 CHECKPOINTS, TRAINER = "checkpoints", "trainer"
-LEARNED = ("adapter", "interrupted")
+UNPUBLISHED, INTERRUPTED = "adapter", "interrupted"
+"""Where a run keeps its trained adapter until the registry has it, and what an interrupted one had learned."""
+LEARNED = (UNPUBLISHED, INTERRUPTED)
 """Where a trained adapter lies until the registry has it, and what an interrupted run had learned."""
 
 _LARGEST_FILE = 32 << 20  # bytes; what a run writes about itself is a thousand times smaller

@@ -27,8 +27,9 @@ from typing import Any, Literal
 
 from filelock import BaseFileLock
 
-from peftkit.atomic import replace_file, sync_folder
+from peftkit.atomic import replace_file
 from peftkit.config import dump_yaml
+from peftkit.durable import sync_folder
 from peftkit.errors import RunError
 from peftkit.events import Event, Warned, silent
 from peftkit.plain import as_json_text, as_plain

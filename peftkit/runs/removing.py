@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from peftkit.atomic import sync_folder
+from peftkit.durable import sync_folder
 from peftkit.errors import RunError
 from peftkit.process import is_alive
 from peftkit.runs.contents import CHECKPOINTS, TRAINER, checkpoint_steps, learned, size_of
