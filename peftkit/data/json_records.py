@@ -11,6 +11,8 @@ from peftkit.errors import DataError
 
 Numbered = Iterator[tuple[int | None, dict[str, Any]]]  # the line, None where it is not known
 _LIST_KEYS = ("data", "rows", "train")
+_LISTED = 20
+_MEND = "mend or remove it; peftkit drops no row by itself"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -95,13 +97,14 @@ def _broken(text: str, at: int, name: str, why: str, expected: str) -> DataError
 def _object(row: Any, place: str) -> dict[str, Any]:
     if isinstance(row, dict):
         return row
-    raise DataError(f"{place}: a row is {type(row).__name__} ({row!r:.60})", expected="an object, {…}")
+    raise DataError(f"{place}: a row is {type(row).__name__} ({row!r:.60})", expected="an object, {…}", hint=_MEND)
 
 
 def jsonl_objects(text: str, name: str) -> Numbered:
-    """Yield the object on each line that is not blank."""
+    """Yield the object on each line that is not blank; all lines that hold none are named at once, after the others."""
     # split on \n only: str.splitlines would also cut at U+2028 and others, which JSON allows inside a string
     lines, first = text.split("\n"), True
+    broken: list[DataError] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip(" \t\r"):
             continue
@@ -109,14 +112,27 @@ def jsonl_objects(text: str, name: str) -> Numbered:
             fact = f"{name}:{number}: starts with '[': an array"
             raise DataError(fact, expected="an object on each line", hint="rename the file to .json")
         try:
-            row = parse_json(line)
-        except (ValueError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
-            fact = "the last line is cut off or broken" if number == len(lines) else "broken JSON"
-            raise DataError(
-                f"{name}:{number}: {fact}: {reason}: {line.strip()!r:.80}",
-                expected="one whole JSON object on each line",
-                hint="fetch or write the file again: rows may be missing" if number == len(lines) else None,
-            ) from error
-        yield number, _object(row, f"{name}:{number}")
+            yield number, _object(_parsed(line, number, len(lines), name), f"{name}:{number}")
+        except DataError as error:
+            broken.append(error)
         first = False
+    if len(broken) == 1:
+        raise broken[0]
+    if broken:
+        listed = "".join(f"\n- {error.fact}" for error in broken[:_LISTED])
+        more = f"\n- and {len(broken) - _LISTED} more" if len(broken) > _LISTED else ""
+        fact = f"{name}: {len(broken)} lines hold no row:{listed}{more}"
+        raise DataError(fact, expected="one whole JSON object on each line", hint=_MEND)
+
+
+def _parsed(line: str, number: int, last: int, name: str) -> Any:
+    try:
+        return parse_json(line)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        fact = "the last line is cut off or broken" if number == last else "broken JSON"
+        raise DataError(
+            f"{name}:{number}: {fact}: {reason}: {line.strip()!r:.80}",
+            expected="one whole JSON object on each line",
+            hint="fetch or write the file again: rows may be missing" if number == last else _MEND,
+        ) from error

@@ -278,3 +278,13 @@ def test_the_modules_import_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_all_broken_lines_are_named_at_once(tmp_path: Path) -> None:
+    lines = ['{"text": "a"}', "[1, 2]", '{"text": "b"}', '{"text"', '{"text": "c"}', "7", '{"text": "d"}']
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="3 lines hold no row") as caught:
+        read(path)
+    assert [f"rows.jsonl:{line}" in caught.value.fact for line in range(1, 8)] == [n in (2, 4, 6) for n in range(1, 8)]
+    assert "mend or remove" in str(caught.value)
