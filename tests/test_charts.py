@@ -132,7 +132,8 @@ def test_bars_are_as_high_as_their_counts() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(-5, 10**9), max_size=20), st.floats(-1e6, 1e6), st.floats(0, 1e6))
 def test_any_counts_give_a_well_formed_picture(counts: list[int], start: float, width: float) -> None:
-    ET.fromstring(histogram(counts, [start + width * index for index in range(len(counts) + 1)], "<&>"))
+    root = ET.fromstring(histogram(counts, [start + width * index for index in range(len(counts) + 1)], "<&>"))
+    assert root.tag.endswith("svg")
 
 
 def luminance(colour: str) -> float:

@@ -34,3 +34,10 @@ def keep_adapter(tuned: Tuned, target: Path, report: Report) -> Path | None:
         shutil.rmtree(target, ignore_errors=True)
         report(Warned(f"the adapter could not be kept in {target}: {error}", "free some space on that disk"))
         return None
+
+
+def needed(payload: Path | None) -> Path:
+    """The adapter's folder, where it must be there. Raises RunError when it found no room."""
+    if payload is None:
+        raise RunError("the adapter could not be written", hint="free some space in the folder of runs")
+    return payload

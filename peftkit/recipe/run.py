@@ -17,7 +17,7 @@ from peftkit.process_group import launched
 from peftkit.recipe.binding import Binding
 from peftkit.recipe.fields import trained_fields, with_whole_paths
 from peftkit.recipe.files import Recipe, default_name
-from peftkit.recipe.keeping import keep_adapter, keep_json
+from peftkit.recipe.keeping import keep_adapter, keep_json, needed
 from peftkit.recipe.resume import how_to_resume
 from peftkit.recipe.showing import report_comparison
 from peftkit.registry.manifest import Draft
@@ -261,10 +261,10 @@ class Run:
                 payload = save_adapter(tuned, Path(elsewhere) / UNPUBLISHED)
             if launched().leads:
                 target = self.publish_to or self.registry
-                self.saved = target.publish(name, _needed(payload), draft, base=backbone.identity.record)
+                self.saved = target.publish(name, needed(payload), draft, base=backbone.identity.record)
             self.saved = team().first(self.saved)
             assert self.saved is not None  # the first process has published it
-            shutil.rmtree(_needed(payload))
+            shutil.rmtree(needed(payload))
         self.report(Note(f"saved as {self.saved.reference} in {self.saved.path}"))
         return self.saved
 
@@ -300,9 +300,3 @@ class Run:
         if self.folder is None:
             raise RunError("a dry run has no folder", expected="nothing after run.plan in a dry run")
         return self.folder
-
-
-def _needed(payload: Path | None) -> Path:
-    if payload is None:
-        raise RunError("the adapter could not be written", hint="free some space in the folder of runs")
-    return payload

@@ -77,9 +77,7 @@ def train(
     """
     _check(tuned, spec, held_out)
     plan = schedule(examples, spec)
-    if spec.eval_steps and spec.eval_steps > len(plan):
-        fact = f"train.eval_steps={spec.eval_steps} is more than the run's {len(plan)} steps: nothing is measured in it"
-        report(Warned(fact, "lower train.eval_steps"))
+    _warn_of_no_measurement(spec, len(plan), report)
     together = team()
     _check_team(together, spec)
     facts = {"settings": spec.model_dump(), "rows": rows_digest(examples), "base": tuned.backbone.identity.fingerprint}
@@ -100,8 +98,7 @@ def train(
                 _run(trainer)
         journal = trainer.journal
         if course.stopped:
-            kept = checkpoints.steps() if checkpoints else []
-            raise Stopped(journal.step, len(plan), kept[-1] if kept else None)
+            raise Stopped(journal.step, len(plan), max(checkpoints.steps(), default=None) if checkpoints else None)
         if course.ended_early:
             why = f"{journal.worse} measurements in a row were no better"
             report(Note(f"stopped after step {journal.step} of {len(plan)}: {why}"))
@@ -121,6 +118,12 @@ def train(
         peak_bytes=int(together.most(peak_bytes(tuned.backbone.device))),
         best_step=journal.best_step,
     )
+
+
+def _warn_of_no_measurement(spec: TrainSpec, steps: int, report: Report) -> None:
+    if spec.eval_steps and spec.eval_steps > steps:
+        fact = f"train.eval_steps={spec.eval_steps} is more than the run's {steps} steps: nothing is measured in it"
+        report(Warned(fact, "lower train.eval_steps"))
 
 
 def _run(trainer: StepTrainer) -> None:

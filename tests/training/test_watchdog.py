@@ -140,4 +140,4 @@ def test_a_new_watchdog_restores_nothing() -> None:
                 max_size=80))  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_no_figures_break_it(figures: list[dict[str, float]]) -> None:
-    watch(list(enumerate(figures, 1)))
+    assert {alarm.rule for alarm in watch(list(enumerate(figures, 1)))} <= {rule.id for rule in RULES}
