@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from peftkit.registry.store import Registry
 from peftkit.runs import list_runs, read_metrics
 from peftkit.training import step as module_step
 
+pytestmark = pytest.mark.usefixtures("places")
+
 LLAMA_8B = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
@@ -41,20 +42,10 @@ def config_8b(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("registry", "runs", "cache"):
-        monkeypatch.setenv(f"PEFTKIT_{name.upper()}", str(tmp_path / name))
-
-
 @pytest.fixture
-def settings(tiny_base: Path, tmp_path: Path) -> list[str]:
-    draw = random.Random(0)
-    lines = [{"prompt": f"say {draw.randrange(1000)} {i}", "completion": str(draw.randrange(9999))} for i in range(16)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def settings(tiny_base: Path, short_rows: Path) -> list[str]:
     return [
-        f"base={tiny_base}", f"data.train={path}", "data.held_out_share=0.25", "adapter.r=4", "train.max_steps=2",
+        f"base={tiny_base}", f"data.train={short_rows}", "data.held_out_share=0.25", "adapter.r=4", "train.max_steps=2",
         "train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=2", "evaluate.max_generated_rows=2",
         "evaluate.max_new_tokens=3", "evaluate.retention_passages=1", "save_as=tickets",
     ]  # fmt: skip

@@ -22,6 +22,8 @@ from peftkit.registry.bases import record_of
 from peftkit.registry.store import Registry, Version
 from peftkit.runs import list_runs, read_events, read_metrics
 
+pytestmark = pytest.mark.usefixtures("places")
+
 ROOT = Path(__file__).parents[2]
 NAMES = ["lora8bit_sft", "lora_sft", "qlora_sft"]
 SECRET = "zanzibar"  # stands in every row: where it turns up, a user's row has been kept
@@ -55,13 +57,6 @@ def settings(tiny_base: Path, rows: Path) -> list[str]:
         "evaluate.max_new_tokens=3",
         "evaluate.retention_passages=1",
     ]
-
-
-@pytest.fixture(autouse=True)
-def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registry, runs and cache of each test are its own, also for processes that it starts."""
-    for name in ("registry", "runs", "cache"):
-        monkeypatch.setenv(f"PEFTKIT_{name.upper()}", str(tmp_path / name))
 
 
 Go = Callable[..., Result]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,8 @@ from peftkit.registry.store import Registry
 from peftkit.runs import RunFolder, RunStatus, list_runs, read_metrics
 from peftkit.tuning import inject
 
+pytestmark = pytest.mark.usefixtures("places")
+
 Report = Callable[[Event], None]
 
 
@@ -33,19 +34,9 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    """A user's own file: 16 short questions and answers."""
-    draw = random.Random(0)
-    path = tmp_path / "rows.jsonl"
-    lines = [{"prompt": f"say {draw.randrange(1000)} {i}", "completion": str(draw.randrange(9999))} for i in range(16)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("registry", "runs", "cache"):
-        monkeypatch.setenv(f"PEFTKIT_{name.upper()}", str(tmp_path / name))
+def rows(short_rows: Path) -> Path:
+    """What is trained on."""
+    return short_rows
 
 
 @pytest.fixture
