@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 
 from peftkit.base.tokenizer import Ahead, Tokenizer
 from peftkit.data.formats import Row
-from peftkit.data.template import Loss, render
-from peftkit.data.template import Rendering as Rendering
+from peftkit.data.template import Loss, Rendering, render
 from peftkit.errors import DataError
 
 IGNORED = -100

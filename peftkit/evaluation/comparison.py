@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftkit.data.audit import Part
-from peftkit.data.chat import Rendering
 from peftkit.data.formats import Row
+from peftkit.data.template import Rendering
 from peftkit.evaluation.compare import Interval, mean_nll, paired_mean, paired_nll, wilson
 from peftkit.evaluation.metrics import Score, by_group, summarise
 from peftkit.evaluation.preflight import check_column

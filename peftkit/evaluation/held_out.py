@@ -9,8 +9,9 @@ from typing import Any
 
 from peftkit.backbone.load import Backbone
 from peftkit.data.audit import Part
-from peftkit.data.chat import Rendering, prompt_for
+from peftkit.data.chat import prompt_for
 from peftkit.data.formats import Row
+from peftkit.data.template import Rendering
 from peftkit.evaluation.comparison import COLUMNS, Comparison, Held, Measured, reference
 from peftkit.evaluation.metrics import METRICS, choose
 from peftkit.evaluation.preflight import read_instructions

@@ -246,12 +246,13 @@ class Run:
         from peftkit.tuning.inject import save_adapter
 
         name, backbone, data = save_as or default_name(self.recipe), tuned.backbone, self._audited()
+        measured, training = comparison.figures(), {k: v for k, v in self.figures.items() if k == "training"}
         texts = [comparison.held.text.record] if comparison.held.text is not None else []
         fields = {
             **trained_fields(tuned, self.recipe, self.resolved.as_dict()),
             "run": self._folder().id,
             "data": [data.train.record(), data.held_out.record(), *texts],
-            "metrics": {**comparison.figures(), "other": {**comparison.figures()["other"], **self._training()}},
+            "metrics": {**measured, "other": {**measured["other"], **training}},
         }
         # A file name in another encoding must not cost the training that is already done.
         draft = Draft.model_validate(as_utf8(fields))
@@ -287,9 +288,6 @@ class Run:
         folder = self._folder()
         folder.log_metrics(step, figures)
         folder.write_page()
-
-    def _training(self) -> dict[str, Any]:
-        return {"training": self.figures["training"]} if "training" in self.figures else {}
 
     def _audited(self) -> Audit:
         if self._data is None:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from tiny_bases import CHATML, write_tokenizer
 
 from peftkit.base.tokenizer import Tokenizer, load_tokenizer
-from peftkit.data.chat import IGNORED, Example, Rendering, chat_prompt, encode_row, prompt_for, segments
+from peftkit.data.chat import IGNORED, Example, chat_prompt, encode_row, prompt_for, segments
 from peftkit.data.formats import Row
 from peftkit.data.readers import Where
+from peftkit.data.template import Rendering
 from peftkit.errors import DataError
 
 MARKED = (
