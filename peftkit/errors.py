@@ -7,6 +7,7 @@ PeftkitError
 │   └── BaseMismatch       an adapter meets a base it was not trained on
 ├── BackboneError          a base cannot be loaded as asked (quantization, device, trust)
 ├── TuningError            layers cannot be injected, attached or swapped
+├── DeltaError             adapters cannot be combined, merged or exported as asked
 ├── TrainingError          a run cannot go on (non-finite loss, nothing to train)
 │   └── OutOfMemory        the device has no memory left for a step or an evaluation
 ├── RegistryError          the adapter store
@@ -68,6 +69,10 @@ class BackboneError(PeftkitError):
 
 class TuningError(PeftkitError):
     """Trainable layers cannot be injected, attached or swapped."""
+
+
+class DeltaError(PeftkitError):
+    """Adapters cannot be combined, merged or exported as asked."""
 
 
 class TrainingError(PeftkitError):

@@ -39,13 +39,17 @@ def dequantize(weight: Quantized) -> torch.Tensor:
     Raises BackboneError on a CPU for widths that are multiples of 16 and not of 64: bitsandbytes 0.50.2 returns wrong
     numbers for those there.
     """
-    columns = weight.state.shape[-1]
-    if weight.packed.device.type == "cpu" and columns % 16 == 0 and columns % BLOCK != 0:
+    check_width(weight.state.shape[-1], weight.packed.device.type)
+    return bnb.dequantize_4bit(weight.packed, weight.state)
+
+
+def check_width(columns: int, device: str) -> None:
+    """Raise BackboneError for a width that bitsandbytes 0.50.2 dequantizes wrongly on a device of this type."""
+    if device == "cpu" and columns % 16 == 0 and columns % BLOCK != 0:
         raise BackboneError(
             f"bitsandbytes dequantizes a matrix with {columns} columns wrongly on a CPU",
             expected=f"a width that is a multiple of {BLOCK}, or a CUDA device",
         )
-    return bnb.dequantize_4bit(weight.packed, weight.state)
 
 
 def dense_weight(module: Any) -> torch.Tensor:

@@ -1,20 +1,16 @@
-"""`peftkit list`, `show`, `path`, `log`, `diff`: looking at the adapters of the registry; nothing here changes it."""
+"""`peftkit list`, `show`, `path`, `log`: looking at the adapters of the registry; nothing here changes it."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from peftkit import locations, render
-from peftkit.base.record import BaseRecord, plain
+from peftkit.base.record import plain
 from peftkit.cli.console import show, show_interval
 from peftkit.cli.options import AsJson, Reference, RegistryRoot, open_registry
-from peftkit.errors import RegistryError
-from peftkit.registry.bases import record_of
-from peftkit.registry.difference import ABSENT, Difference, Row, difference
 from peftkit.registry.index import Contents, Summary, contents, summarize
 from peftkit.registry.layout import LATEST
 from peftkit.registry.lineage import Lineage, Step, branches, children_of, lineage
@@ -26,7 +22,6 @@ _MOST_MOVES = 20
 _MOST_ROWS = 200
 _MOST_NAMED = 3
 _WIDEST = 400
-_WIDEST_CELL, _BEFORE = 40, 12
 
 
 def list_adapters(
@@ -92,25 +87,6 @@ def log(name: Reference, registry: RegistryRoot = None, as_json: AsJson = False)
     """
     found = lineage(open_registry(registry), name)
     show(asdict(found), as_json=as_json, text="" if as_json else _log(found))
-
-
-def diff(
-    left: Annotated[str, typer.Argument(metavar="A", help="name, name@version or name@alias.")],
-    right: Annotated[str, typer.Argument(metavar="B", help="What it is compared with.")],
-    registry: RegistryRoot = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show what differs between two versions: base, settings, data, environment, metrics, files.
-
-    Example: peftkit diff tickets@prod tickets
-    """
-    store = open_registry(registry)
-    one, other = store.resolve(left), store.resolve(right)
-    notes: list[str] = []
-    records = [_record(each, notes) for each in (one, other)]
-    found = difference(one, other, left_base=records[0], right_base=records[1])
-    value = {**asdict(found), "rows": [row.as_json() for row in found.rows], "notes": notes}
-    show(value, as_json=as_json, text="\n".join([_difference(found), *notes]))
 
 
 def _table(known: Contents, versions: tuple[Summary, ...]) -> str:
@@ -242,45 +218,6 @@ def _details(each: Summary) -> list[str]:
     rows = [f"{data.role} {plain(data.source)}, {data.rows:,} rows, {data.sha256[:8]}" for data in each.data]
     measured = [f"answer NLL change {_interval(each, 'other.answer_nll_change')}", f"score {_score(each)}"]
     return [", ".join(map(plain, made)), *rows, "; ".join(map(plain, measured))]
-
-
-def _difference(found: Difference) -> str:
-    rows = [(row.section, row.key, *_sides(row), render.number(row.change)) for row in found.rows[:_MOST_ROWS]]
-    lines = [render.facts([("A", found.left), ("B", found.right)]), ""]
-    lines.append(render.table(("", "", "A", "B", "B − A"), rows, _WIDEST_CELL) if rows else "nothing differs")
-    lines += [text for _, text in _rest(len(found.rows))]
-    if found.base:
-        lines += ["", "the base of B, seen from that of A:", *(f"- {sentence}" for sentence in found.base)]
-    return "\n".join([*lines, "", "equal: " + ", ".join(f"{count} in {name}" for name, count in found.equal.items())])
-
-
-def _record(version: Version, notes: list[str]) -> BaseRecord | None:
-    try:
-        return record_of(version)
-    except RegistryError as error:
-        notes.append(f"the base record of {version.reference}: {error.fact}")
-        return None
-
-
-def _sides(row: Row) -> tuple[str, str]:
-    """Both values, long ones cut to where they begin to differ."""
-    left, right = _value(row.left), _value(row.right)
-    first = next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), 0)
-    start = max(0, first - _BEFORE) if max(len(left), len(right)) > _WIDEST_CELL else 0
-    cut = "…" if start else ""
-    return cut + left[start:], cut + right[start:]
-
-
-def _value(value: Any) -> str:
-    if value is ABSENT:
-        return "absent"
-    if isinstance(value, bool | list) or value is None:
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return render.number(value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_value(each)}" for key, each in value.items())
-    return str(value)
 
 
 def _interval(each: Summary, key: str) -> str:

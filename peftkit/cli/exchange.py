@@ -1,4 +1,4 @@
-"""`peftkit import`, `export`, `push`, `pull`: adapters that enter and leave the registry."""
+"""`peftkit import`, `push`, `pull`: adapters that enter and leave the registry."""
 
 from __future__ import annotations
 
@@ -47,26 +47,6 @@ def import_adapter_command(
         store, path.expanduser(), name=name, base=_base(base, as_json), find_base=_find_base, aliases=tags or []
     )
     _show_taken(version, before, as_json)
-
-
-def export_adapter(
-    name: Reference,
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new or empty folder.")],
-    license: License = None,
-    registry: RegistryRoot = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write an adapter with its manifest, base record and model card into a folder that plain PEFT loads.
-
-    Example: peftkit export tickets --out ./tickets
-    """
-    from peftkit.registry.exchange import export
-
-    store = open_registry(registry)
-    reference = store.resolve(name).reference
-    pieces = export(store, reference, out.expanduser(), license)
-    value = {"version": reference, "folder": str(out), "files": _files(pieces)}
-    show(value, as_json=as_json, text=f"{reference} is in {out}\n{_listing(pieces)}")
 
 
 def push(
@@ -235,7 +215,7 @@ def _can_ask() -> bool:
 def _describe(parcel: Parcel, destination: str, *, public: bool) -> str:
     """What leaves, where to, and what it tells."""
     who = "everybody who can read it" if public else "you and those you let in (private)"
-    lines = [f"{parcel.version.reference} to {destination}, for {who}; what leaves:", _listing(parcel.pieces)]
+    lines = [f"{parcel.version.reference} to {destination}, for {who}; what leaves:", listing(parcel.pieces)]
     lines += ["", "no rows of data and no samples are among it; its manifest names:"]
     return "\n".join([*lines, render.facts([(f"  {where}", text) for where, text in parcel.tells])])
 
@@ -253,14 +233,16 @@ def _outcome(arrival: Arrival, destination: str) -> str:
     return "\n".join(lines)
 
 
-def _listing(pieces: tuple[Piece, ...]) -> str:
+def listing(pieces: tuple[Piece, ...]) -> str:
+    """Path, size and meaning of every file, a line each."""
     return render.facts([(f"  {piece.path}", f"{render.size(piece.size)}, {piece.holds}") for piece in pieces])
 
 
-def _files(pieces: tuple[Piece, ...]) -> list[dict[str, Any]]:
+def files_of(pieces: tuple[Piece, ...]) -> list[dict[str, Any]]:
+    """The same as JSON."""
     return [{"path": piece.path, "bytes": piece.size, "holds": piece.holds} for piece in pieces]
 
 
 def _parcel_value(parcel: Parcel, destination: str) -> dict[str, Any]:
     tells = [{"field": where, "text": text} for where, text in parcel.tells]
-    return {"version": parcel.version.reference, "to": destination, "files": _files(parcel.pieces), "tells": tells}
+    return {"version": parcel.version.reference, "to": destination, "files": files_of(parcel.pieces), "tells": tells}

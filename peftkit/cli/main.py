@@ -21,12 +21,17 @@ from peftkit.cli import (
     adapters,
     base,
     chat,
+    combine,
     data,
+    diff,
     doctor,
     evaluate,
     exchange,
+    export,
     generate,
+    merge,
     plan,
+    preview,
     recipes,
     reproduce,
     runs,
@@ -57,14 +62,17 @@ app.command("list")(adapters.list_adapters)
 app.command("show")(adapters.show_adapter)
 app.command("path")(adapters.path)
 app.command("log")(adapters.log)
-app.command("diff")(adapters.diff)
+app.command("diff")(diff.diff)
+app.command("preview")(preview.preview)
+app.command("combine")(combine.combine)
+app.command("merge")(merge.merge)
 app.command("tag")(versions.tag)
 app.command("restore")(versions.restore)
 app.command("rm")(versions.rm)
 app.command("gc")(versions.gc)
 app.command("verify")(versions.verify)
 app.command("import")(exchange.import_adapter_command)
-app.command("export")(exchange.export_adapter)
+app.command("export")(export.export_adapter)
 app.command("push")(exchange.push)
 app.command("pull")(exchange.pull)
 app.command("reproduce")(reproduce.reproduce)

@@ -79,7 +79,7 @@ def inspect(spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Rep
         )
     train_set = load_rows(spec.train, spec.format, strict=False)
     report(Note(f"{train_set.source}: {len(train_set.rows)} rows, format {train_set.format} ({train_set.reason})"))
-    train_rows, held_rows, held_set = _divide(spec, train_set, report)
+    train_rows, held_rows, held_set = divide(spec, train_set, report)
     train_rows, held_rows = train_rows[: spec.max_train_rows], held_rows[: spec.max_held_out_rows]
     against = load_rows(spec.against) if spec.against else None
     length = min(filter(None, (spec.max_length, limit)), default=None)
@@ -128,7 +128,8 @@ def describe(finding: Finding) -> str:
     return f"{finding.rule}{accepted}: {finding.text}{''.join(examples)}{more}{mend}"
 
 
-def _divide(spec: DataSpec, train_set: Dataset, report: Report) -> tuple[Sequence[Row], Sequence[Row], Dataset]:
+def divide(spec: DataSpec, train_set: Dataset, report: Report) -> tuple[Sequence[Row], Sequence[Row], Dataset]:
+    """Training rows, held-out rows and where the latter come from; a split is the same for the same file and seed."""
     if spec.held_out:
         held_set = load_rows(spec.held_out, spec.format, strict=False)
         report(Note(f"{held_set.source}: {len(held_set.rows)} held-out rows, format {held_set.format}"))

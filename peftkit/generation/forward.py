@@ -61,19 +61,28 @@ def token_nll(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     Entry t belongs to the label at position t + 1, which the model predicts from the tokens up to t.
     """
     targets = batch["labels"][:, 1:]
-    wanted = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+    logits, wanted = label_logits(model, batch)
     if wanted.numel() == 0:
         return torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    if _can_keep_some_logits(model):
-        logits = model(**inputs, use_cache=False, logits_to_keep=wanted).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, wanted]
     precise = logits if logits.dtype == torch.float64 else logits.float()
     nll = torch.zeros(targets.shape, dtype=precise.dtype, device=targets.device)
     kept = cross_entropy(precise.flatten(0, 1), targets[:, wanted].flatten(), ignore_index=IGNORED, reduction="none")
     # Out of place: autograd needs the graph from `kept` to the result.
     return nll.index_copy(1, wanted, kept.view(targets.shape[0], -1))
+
+
+def label_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of shape (rows, n, vocabulary) at the n positions that some row has a label after, and these positions.
+
+    They are those of `labels[:, 1:]`: position t predicts the label at t + 1.
+    """
+    wanted = (batch["labels"][:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
+    if wanted.numel() == 0:
+        return torch.empty(batch["labels"].shape[0], 0, 0), wanted
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if _can_keep_some_logits(model):
+        return model(**inputs, use_cache=False, logits_to_keep=wanted).logits, wanted
+    return model(**inputs, use_cache=False).logits[:, wanted], wanted
 
 
 def by_length(rows: Sequence[Labelled], size: int) -> list[list[int]]:
@@ -88,7 +97,7 @@ def row_nll(
     """Summed answer NLL of every row in nats, in the order of `rows`."""
     sums = [0.0] * len(rows)
     with torch.inference_mode():
-        for indices in _bounded(by_length(rows, batch_size), rows, model):
+        for indices in bounded(by_length(rows, batch_size), rows, model):
             batch = pad([rows[i] for i in indices], pad_id, device)
             values = token_nll(model, batch).double().sum(dim=1).tolist()
             for index, value in zip(indices, values, strict=True):
@@ -96,15 +105,15 @@ def row_nll(
     return sums
 
 
-def _bounded(batches: list[list[int]], rows: Sequence[Labelled], model: Any) -> list[list[int]]:
+def bounded(batches: list[list[int]], rows: Sequence[Labelled], model: Any) -> list[list[int]]:
     """Split batches whose logits would pass LOGITS_BYTES; a single row is never split."""
     vocabulary = model.config.get_text_config().vocab_size
-    bounded = []
+    split = []
     for batch in batches:
         longest = max(len(rows[i].input_ids) for i in batch)
         size = max(1, LOGITS_BYTES // (longest * vocabulary * _BYTES_PER_LOGIT))
-        bounded += [batch[start : start + size] for start in range(0, len(batch), size)]
-    return bounded
+        split += [batch[start : start + size] for start in range(0, len(batch), size)]
+    return split
 
 
 def _can_keep_some_logits(model: Any) -> bool:

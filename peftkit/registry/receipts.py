@@ -57,3 +57,110 @@ def other_base(
         "differs": list(differs),
         "relation": dict(relation) if relation else None,
     }
+
+
+def combined(
+    method: str,
+    options: Mapping[str, float],
+    parents: Sequence[Mapping[str, Any]],
+    rank: int | None,
+    norm: float,
+    residual: float,
+    max_residual: float,
+    converted: Mapping[str, str],
+    tensors: Sequence[Mapping[str, Any]],
+    search: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Several adapters became this one, by a method on their true ΔW, with these weights.
+
+    `residual` is the relative error ‖ΔW − factors‖ / ‖ΔW‖ of bringing the result to `rank`, 0 where it was not cut;
+    `converted` names tensors that had no factors and their kind; `search` holds every set of weights that was tried.
+    """
+    return {
+        "type": "combine",
+        "method": method,
+        "options": dict(options),
+        "parents": [dict(parent) for parent in parents],
+        "rank": rank,
+        "norm": norm,
+        "residual": residual,
+        "max_residual": max_residual,
+        "converted": dict(converted),
+        "tensors": [dict(tensor) for tensor in tensors],
+        "search": dict(search) if search is not None else None,
+    }
+
+
+def gated(keep: float, passed: bool, tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What each parent's own task kept, on rows that the parent never saw; not measured is not passed.
+
+    `tasks` are by `name@version`: NLLs in nats per answer token with 95 % intervals, the share of the parent's gain
+    that was kept, counts and digest of the rows; or `measured` false with the reason.
+    """
+    return {
+        "type": "gate",
+        "keep": keep,
+        "passed": passed,
+        "tasks": {name: dict(task) for name, task in tasks.items()},
+    }
+
+
+def merged(
+    versions: Sequence[Mapping[str, Any]],
+    base: Mapping[str, Any],
+    onto: str,
+    settings: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, str],
+    model: Mapping[str, Any],
+    recommended: Mapping[str, Any] | None = None,
+    forced: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Adapters were added to the weights of their base: onto which, into which format, and what is left of ΔW.
+
+    `weights` are the figures over all tensors and `tensors` those of each: share kept ⟨ΔŴ, ΔW⟩ / ‖ΔW‖², entries that
+    rounding left unchanged, norms. `model` compares base + adapter with the merged model on held-out rows, or says
+    `measured` false with the reason. `forced` names what --force went on with.
+    """
+    return {
+        "type": "merge",
+        "versions": [dict(version) for version in versions],
+        "base": dict(base),
+        "onto": onto,
+        "settings": dict(settings),
+        "weights": dict(weights),
+        "tensors": {name: dict(figures) for name, figures in tensors.items()},
+        "files": dict(files),
+        "model": dict(model),
+        "recommended": dict(recommended) if recommended is not None else None,
+        "forced": list(forced),
+    }
+
+
+def exported(
+    engine: str,
+    peftkit: str,
+    version: str,
+    base: Mapping[str, Any],
+    input: Mapping[str, str],
+    output: Mapping[str, str],
+    findings: Sequence[str],
+    **more: Any,
+) -> dict[str, Any]:
+    """A version was written for an engine: digests of what went in and came out, and what the engine cannot hold.
+
+    `more` are the figures of that engine's format: for PEFT and vLLM the rank, what was folded, what a cut rank lost,
+    and the error of every tensor read back.
+    """
+    return {
+        "type": "export",
+        "engine": engine,
+        "peftkit": peftkit,
+        "version": version,
+        "base": dict(base),
+        "input": dict(input),
+        "output": dict(output),
+        "findings": list(findings),
+        **more,
+    }

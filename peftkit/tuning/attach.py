@@ -224,11 +224,11 @@ def open_adapters(
     recorded = versions[0].manifest.base
     known = BaseSpec(source=base) if base else None
     spec = known or locate_again(recorded.source, recorded.revision, recorded.record, cache)
-    backbone = load_backbone(spec, _quant(recorded.quantization or {}, bits), cache, report=report)
+    backbone = load_backbone(spec, quant_of(recorded.quantization or {}, bits), cache, report=report)
     return attach(backbone, *versions, other_base=other_base, report=report)
 
 
-def _quant(recorded: Mapping[str, Any], bits: int | None) -> QuantSpec:
+def quant_of(recorded: Mapping[str, Any], bits: int | None) -> QuantSpec:
     """The quantization of the training run; compute dtypes are decided anew for this machine."""
     wanted = bits if bits is not None else recorded.get("bits", 16)
     if wanted not in (4, 8, 16, 32):

@@ -444,6 +444,7 @@ from peftkit.registry import (  # noqa: E402
     check,
     check_root,
     collect,
+    receipts,
     remove,
     remove_adapter,
 )
@@ -621,6 +622,8 @@ def test_the_page_lists_exactly_the_fields(
         part.split()[0].strip(",`"): re.findall(r"`([a-z_.]+)`", " ".join(re.findall(r"^\| (`[^|]*)\|", part, re.M)))
         for part in section.split("\n### ")[1:]
     }
+    written = re.findall(r'"type": "([a-z_]+)"', Path(receipts.__file__).read_text())
+    assert sorted(tables.pop("Receipts")) == sorted(written)
     version = registry.publish("tickets", make_payload(), make_draft())
     manifest = json.loads((version.path / "manifest.json").read_bytes())
     base = {f"base.{field}" for field in manifest.pop("base")}

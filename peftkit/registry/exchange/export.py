@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def export(registry: Registry, reference: str, out: Path, license: str | None = 
     Raises RegistryError when `out` holds anything or lies inside the registry; `out` is complete or absent.
     """
     version = registry.resolve(reference)
-    _check_target(registry, Path(out))
+    check_target(registry, Path(out))
     found = pieces(registry, version, license)
     try:
         _write(found, Path(out).absolute())
@@ -82,7 +84,8 @@ def _holds(path: str) -> str:
     return "trained tensors" if path.endswith(".safetensors") else "the adapter's settings for PEFT"
 
 
-def _check_target(registry: Registry, out: Path) -> None:
+def check_target(registry: Registry, out: Path) -> None:
+    """Raise RegistryError unless `out` is a new or empty folder outside the registry."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise RegistryError(f"{out} is not a folder", expected="a new or empty folder", hint="choose another folder")
     if out.is_dir() and (held := sorted(entry.name for entry in os.scandir(out))):
@@ -105,21 +108,31 @@ def _check_target(registry: Registry, out: Path) -> None:
         )
 
 
-def _write(found: tuple[Piece, ...], out: Path) -> None:
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place, fsynced, when the block ends well, and is gone otherwise.
+
+    Raises RegistryError when `out` was filled meanwhile.
+    """
     missing = [parent for parent in out.parents if not parent.exists()]
     for parent in reversed(missing):
         durable.make_folder(parent)
-    building = out.parent / f".{out.name}-{secrets.token_hex(8)}"
+    folder = out.parent / f".{out.name}-{secrets.token_hex(8)}"
     try:
-        building.mkdir()
-        for piece in found:
-            _put(piece, building / piece.path)
-        for folder in sorted({building, *(path for path in building.rglob("*") if path.is_dir())}, reverse=True):
-            durable.sync_folder(folder)
-        _place(building, out)
+        folder.mkdir()
+        yield folder
+        for each in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}, reverse=True):
+            durable.sync_folder(each)
+        _place(folder, out)
     finally:
-        if building.exists():
-            durable.delete(building)
+        if folder.exists():
+            durable.delete(folder)
+
+
+def _write(found: tuple[Piece, ...], out: Path) -> None:
+    with building(out) as folder:
+        for piece in found:
+            _put(piece, folder / piece.path)
 
 
 def _put(piece: Piece, target: Path) -> None:

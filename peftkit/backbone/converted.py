@@ -1,0 +1,72 @@
+"""Which modules of a base bitsandbytes quantizes: transformers is asked, on a model that has shapes and no numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from peftkit.backbone.contain import quantized_linears
+from peftkit.backbone.quiet import quiet
+from peftkit.backbone.roundtrip import Format
+from peftkit.errors import BackboneError
+
+
+def quantization_config(form: Format) -> dict[str, Any]:
+    """The `quantization_config` of an upload in this format, as transformers writes it."""
+    return dict(_bitsandbytes_config(form).to_dict())
+
+
+def converted_weights(config: Mapping[str, Any], form: Format, tensors: Mapping[str, Any]) -> dict[str, bool]:
+    """Tensors of a base's files that become quantized layers → whether the file has them transposed (GPT-2's Conv1D).
+
+    The head, tied weights and what the architecture keeps in float32 are not among them. Raises BackboneError when the
+    model cannot be built, or when a layer has no tensor of its own in the files.
+    """
+    model = _shapes_only(config)
+    with quiet():
+        AutoHfQuantizer.from_config(_bitsandbytes_config(form), pre_quantized=False).preprocess_model(
+            model, dtype=torch.float32, device_map=None
+        )
+    found = {}
+    for module, layer in quantized_linears(model).items():
+        names = (module, module.partition(".")[2], f"{model.base_model_prefix}.{module}")
+        name = next((f"{name}.weight" for name in names if f"{name}.weight" in tensors), None)
+        if name is None:
+            raise BackboneError(
+                f"the layer {module} would be quantized, and the base's files have no tensor for it alone",
+                expected="one tensor for each linear layer",
+                hint="choose --onto original, without --quantize",
+            )
+        found[name] = issubclass(layer.source_cls, Conv1D)
+    return found
+
+
+def _shapes_only(config: Mapping[str, Any]) -> Any:
+    kind = str(config.get("model_type", "none"))
+    if kind not in CONFIG_MAPPING:
+        raise BackboneError(f"this transformers does not know the model type {kind!r}", expected="a known architecture")
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    try:
+        with quiet(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain), trust_remote_code=False)
+    except Exception as error:  # a broken config.json makes transformers raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"config.json describes no model that can be built: {reason}") from error
+
+
+def _bitsandbytes_config(form: Format) -> BitsAndBytesConfig:
+    if form.code == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=form.code,
+        bnb_4bit_use_double_quant=form.double_quant,
+        bnb_4bit_compute_dtype=form.dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )

@@ -1,0 +1,1 @@
+"""Several deltas as one: the methods, and what brings their results to a rank."""

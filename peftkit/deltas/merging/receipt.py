@@ -1,0 +1,120 @@
+"""The weight part of a merge's receipt: what went in, what came out, and how much of the delta was kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+
+from peftkit.canonical import digest_json
+from peftkit.deltas.delta import Deltas
+from peftkit.deltas.merging.kept import Kept, total
+from peftkit.deltas.merging.settings import MergeSettings
+from peftkit.deltas.rounding import to_bytes
+from peftkit.errors import DeltaError
+
+LEAST = 0.9
+"""The share of the delta that must be kept: issue #5 refuses less without `force`."""
+WORST = 5
+FILE = "peftkit_merge.json"
+
+
+@dataclass(frozen=True)
+class MergeReceipt:
+    """What a merge did to the weights; the bytes are the same for the same inputs, and so is this."""
+
+    base: Mapping[str, str]
+    """Digests of the base: `record`, `weights`."""
+    adapter: Mapping[str, str]
+    """`reference`, and `deltas`: the digest of all that it changes."""
+    settings: MergeSettings
+    trained_on: Mapping[str, Any] | None
+    versions: Mapping[str, str]
+    tensors: Mapping[str, Kept]
+    """For each tensor that has a delta."""
+    files: Mapping[str, Mapping[str, Any]]
+    """`sha256` and `bytes` of every file that was written, this receipt's left out."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """Base + adapter against the merged model, or why that was not measured."""
+
+    @property
+    def whole(self) -> Kept:
+        """Over all tensors."""
+        return total(self.tensors.values())
+
+    @property
+    def worst(self) -> list[str]:
+        """The tensors that keep least of their delta, the worst first."""
+        shares = {name: kept.share for name, kept in self.tensors.items() if kept.share is not None}
+        return sorted(shares, key=lambda name: (shares[name], name))[:WORST]
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "type": "merge",
+            "base": dict(self.base),
+            "adapter": dict(self.adapter),
+            "settings": self.settings.model_dump(),
+            "trained_on": dict(self.trained_on) if self.trained_on else None,
+            "versions": dict(self.versions),
+            "weights": self.whole.figures() | {"worst": self.worst},
+            "tensors": {name: kept.figures() for name, kept in sorted(self.tensors.items())},
+            "model": dict(self.model),
+            "files": {name: dict(facts) for name, facts in sorted(self.files.items())},
+        }
+
+    def check_or(self, drop: Callable[[], None]) -> None:
+        """Raise DeltaError, after `drop`, when less than 90 % of the delta is kept, unless it was forced."""
+        share = self.whole.share
+        if share is None or share >= LEAST or self.settings.force:
+            return
+        drop()
+        worst = self.worst[0]
+        least = self.tensors[worst].share
+        raise DeltaError(
+            f"the merged weights keep {100 * share:.1f} % of the delta ({worst}: {100 * (least or 0):.1f} %): "
+            + _why(self.settings, self.whole),
+            expected=f"at least {100 * LEAST:.0f} %; nothing was published",
+            hint=_instead(self.settings) + ", or publish it all the same with --force",
+        )
+
+
+def digest_of(deltas: Deltas) -> str:
+    """SHA-256 over every tensor's delta: kind, shapes, dtypes and bytes of its parts."""
+    return digest_json({name: _plain(delta) for name, delta in deltas.changes.items()} | {"": dict(deltas.sources)})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        held = value.detach().cpu().contiguous()
+        data = to_bytes(held) if held.numel() else b""
+        return [str(held.dtype), list(held.shape), hashlib.sha256(data).hexdigest()]
+    if is_dataclass(value):
+        parts = {each.name: _plain(getattr(value, each.name)) for each in fields(value) if each.compare}
+        return [type(value).__name__, parts]
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    return value if isinstance(value, str | int | bool) or value is None else repr(value)
+
+
+def _why(settings: MergeSettings, kept: Kept) -> str:
+    if settings.quantize and settings.onto == "dequantized" and settings.rounding == "nearest":
+        return (
+            "dequantized weights lie on the steps of the format, and a change smaller than half a step"
+            " is rounded back to where it came from"
+        )
+    same = 100 * kept.unchanged / kept.entries if kept.entries else 0.0
+    return f"{same:.0f} % of the entries are changed by less than half a step of the output format"
+
+
+def _instead(settings: MergeSettings) -> str:
+    if not settings.quantize:
+        return "choose --dtype float32" if settings.dtype != "float32" else "train for longer"
+    ways = [] if settings.onto == "original" else ["--onto original"]
+    ways += [] if settings.rounding == "stochastic" else ["--rounding stochastic"]
+    return "choose " + " or ".join([*ways, "16 bits (without --quantize)"])

@@ -1,0 +1,1 @@
+"""What combining would do, told from the factors before it is done."""

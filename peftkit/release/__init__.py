@@ -1,0 +1,1 @@
+"""Combine, merge and export adapters, with measured receipts and a gate."""

@@ -1,0 +1,258 @@
+"""Combine registered adapters into one: weights searched if asked, judged by the gate if asked, then published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from peftkit.deltas.combining.combine import Combined, combine
+from peftkit.deltas.combining.methods import How
+from peftkit.errors import DeltaError
+from peftkit.events import Note, Report, silent
+from peftkit.registry import receipts
+from peftkit.registry.manifest import Draft, Version
+from peftkit.registry.store import Registry
+from peftkit.release.candidate import draft_of, scores, trial, write_payload
+from peftkit.release.gate import GateResult, Task, beside, check_keep, gate
+from peftkit.release.measured import LEAST_TOKENS, NotMeasured, interval_record, too_few
+from peftkit.release.parents import Parents, open_parents
+from peftkit.release.rows import HeldOut, held_out_rows
+from peftkit.release.search import Objective, Search, search_weights
+from peftkit.tuning.attach import Attached
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What a combination must keep to be registered."""
+
+    keep: float
+    """Share of each parent's gain, at the lower end of its interval."""
+    min_tokens: int = LEAST_TOKENS
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How to look for weights."""
+
+    trials: int = 30
+    objective: Objective = "mean"
+    """Of the tasks' NLL / the parent's own: their mean, or the worst of them."""
+    min_tokens: int = LEAST_TOKENS
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Held-out rows and how they are measured, for gate and search alike."""
+
+    rows: Mapping[str, Path] = field(default_factory=dict)
+    """Files by adapter (`name` or `name@version`); the others are looked for in the runs that made the adapters."""
+    batch_size: int = 8
+    seed: int = 0
+    """Of the search, and of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What combining gave."""
+
+    version: Version
+    combined: Combined
+    gate: GateResult | None
+    search: Search | None
+
+
+def combine_adapters(
+    registry: Registry,
+    weighted: Sequence[tuple[str, float]],
+    how: How,
+    *,
+    save_as: str,
+    cache: Path,
+    runs: Path,
+    rank: int | None = None,
+    max_residual: float = 0.05,
+    keep: GateSettings | None = None,
+    search: SearchSettings | None = None,
+    judging: Judging | None = None,
+    base: str | None = None,
+    aliases: Sequence[str] = (),
+    report: Report = silent,
+) -> Outcome:
+    """Combine adapters (reference, weight) of one base and publish the result, a plain LoRA, as `save_as`.
+
+    With `search`, the weights given are replaced by the best ones found on every other held-out row, and the gate
+    judges on the rest. With `keep`, nothing is published unless every parent's task passes. The same adapters,
+    settings and seed give the same payload, byte for byte. Raises BaseMismatch for adapters of different bases,
+    DeltaError for what cannot be combined, for missing rows that gate or search need, and for a failed gate.
+    """
+    judging = judging or Judging()
+    if keep is not None:
+        check_keep(keep.keep)
+    parents = open_parents(registry, [reference for reference, _ in weighted], cache, base=base, report=report)
+    bench = _Bench(parents, how, rank, max_residual, cache, judging, report)
+    weights = [weight for _, weight in weighted]
+    rows = bench.rows(runs) if keep or search else {}
+    chosen, judged = _divided(rows, search is not None)
+    searched = bench.search(chosen, search) if search else None
+    if searched is not None:
+        weights = list(searched.best.weights)
+    combined = bench.combined(weights)
+    found = bench.gate(combined, judged, keep) if keep else None
+    version = _publish(registry, save_as, parents, combined, found, searched, aliases)
+    report(Note(f"{version.reference}: {how.method} of {len(weights)} adapters"))
+    return Outcome(version, combined, found, searched)
+
+
+class _Bench:
+    """Parents, their base in memory when something is measured, and the settings of one combination."""
+
+    def __init__(
+        self,
+        parents: Parents,
+        how: How,
+        rank: int | None,
+        max_residual: float,
+        cache: Path,
+        judging: Judging,
+        report: Report,
+    ) -> None:
+        self.parents, self.how, self.rank, self.max_residual = parents, how, rank, max_residual
+        self.cache, self.judging, self.report = cache, judging, report
+        self._host: Attached | None = None
+
+    @property
+    def host(self) -> Attached:
+        """The base, loaded once."""
+        if self._host is None:
+            self._host = Attached(self.parents.backbone(self.cache, self.report))
+        return self._host
+
+    def combined(self, weights: Sequence[float], report: Report | None = None) -> Combined:
+        """The combination with these weights."""
+        p = self.parents
+        limits: dict[str, Any] = {"rank": self.rank, "max_residual": self.max_residual}
+        return combine(p.deltas, weights, self.how, p.base, report=report or self.report, **limits)
+
+    def rows(self, runs: Path) -> dict[str, HeldOut]:
+        """Every parent's held-out rows. Raises DeltaError, naming all that are missing."""
+        given, versions = self.judging.rows, self.parents.versions
+        known = {name for version in versions for name in (version.name, version.reference)}
+        if unknown := sorted(set(given) - known):
+            raise DeltaError(
+                f"rows are given for {', '.join(unknown)}, which is not combined",
+                expected=f"one of {', '.join(sorted(known))}",
+            )
+        found = {version.reference: held_out_rows(version, runs, given) for version in versions}
+        missing = {name: rows for name, rows in found.items() if isinstance(rows, NotMeasured)}
+        if missing:
+            said = "".join(f"\n- {name}: {rows.reason}" for name, rows in missing.items())
+            hints = dict.fromkeys(rows.hint for rows in missing.values() if rows.hint)
+            raise DeltaError(
+                f"{len(missing)} of {len(found)} adapters have no held-out rows to be judged by:{said}",
+                expected="rows for every adapter: what is not measured does not pass",
+                hint="; ".join(hints),
+            )
+        return {name: rows for name, rows in found.items() if isinstance(rows, HeldOut)}
+
+    def search(self, rows: Mapping[str, HeldOut], settings: SearchSettings) -> Search:
+        """Weights on these rows. Raises DeltaError for too few of them."""
+        folder = self.parents.located.folder
+        parts = {reference: held.part(folder, self.report) for reference, held in rows.items()}
+        for reference, part in parts.items():
+            if short := too_few(part.answer_tokens, settings.min_tokens):
+                raise DeltaError(f"weights cannot be searched for on the rows of {reference}: {short.why}")
+        versions = {version.reference: version for version in self.parents.versions}
+        own = []
+        for reference, part in parts.items():
+            with beside(self.host, versions[reference], False):
+                own += scores(self.host, reference, {reference: part}, self.judging.batch_size)
+        with trial(self.parents, self.cache) as bench:
+
+            def score(weights: Sequence[float]) -> list[float]:
+                version = bench.version(self.combined(weights, silent))
+                with beside(self.host, version, False):
+                    found = scores(self.host, version.reference, parts, self.judging.batch_size)
+                bench.drop(version)
+                return found
+
+            return search_weights(
+                self.parents.references,
+                score,
+                own,
+                trials=settings.trials,
+                seed=self.judging.seed,
+                objective=settings.objective,
+                report=self.report,
+            )
+
+    def gate(self, combined: Combined, rows: Mapping[str, HeldOut], settings: GateSettings) -> GateResult:
+        """Judge a combination. Raises DeltaError, with every task, when it does not pass."""
+        with trial(self.parents, self.cache) as bench:
+            found = gate(
+                self.host,
+                self.parents.versions,
+                bench.version(combined),
+                rows,
+                settings.keep,
+                min_tokens=settings.min_tokens,
+                batch_size=self.judging.batch_size,
+                seed=self.judging.seed,
+                report=self.report,
+            )
+        if not found.passed:
+            raise DeltaError(
+                f"{len(found.failed)} of {len(found.tasks)} tasks do not pass the gate, so nothing is registered:"
+                + found.describe(),
+                expected=f"every task measured, and the lower end of what it keeps at {settings.keep:.0%} or more",
+                hint="try other weights (--search), another method or a higher rank; or lower --gate",
+            )
+        return found
+
+
+def _divided(rows: Mapping[str, HeldOut], searched: bool) -> tuple[Mapping[str, HeldOut], Mapping[str, HeldOut]]:
+    """Rows to choose weights by, and rows to judge by: weights chosen on a row would pass on that row too easily."""
+    if not searched:
+        return {}, rows
+    halves = {reference: held.halves() for reference, held in rows.items()}
+    return {name: pair[0] for name, pair in halves.items()}, {name: pair[1] for name, pair in halves.items()}
+
+
+def _publish(
+    registry: Registry,
+    name: str,
+    parents: Parents,
+    combined: Combined,
+    found: GateResult | None,
+    searched: Search | None,
+    aliases: Sequence[str],
+) -> Version:
+    with TemporaryDirectory(prefix="peftkit-combined-") as scratch:
+        payload = Path(scratch) / "adapter"
+        fields = draft_of(parents, write_payload(combined, parents, payload))
+        made: list[dict[str, Any]] = [
+            receipts.combined(**combined.as_record(), search=searched.record() if searched else None)
+        ]
+        if found is not None:
+            made.append(receipts.gated(**found.record()))
+            fields["metrics"] = _metrics(found)
+        return registry.publish(name, payload, Draft.model_validate({**fields, "receipts": made}), aliases)
+
+
+def _metrics(found: GateResult) -> dict[str, Any]:
+    """Figures by parent, on its own rows: before is the base, after the combination."""
+    tasks = {name: task for name, task in found.tasks.items() if isinstance(task, Task)}
+    return {
+        "before": {name: {"answer_nll": interval_record(task.base)} for name, task in tasks.items()},
+        "after": {name: {"answer_nll": interval_record(task.candidate)} for name, task in tasks.items()},
+        "other": {
+            name: {
+                "parent_answer_nll": interval_record(task.parent),
+                "change_from_parent": interval_record(task.lost),
+                "share_kept": interval_record(task.kept),
+            }
+            for name, task in tasks.items()
+        },
+    }
