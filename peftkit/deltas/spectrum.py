@@ -70,6 +70,23 @@ def svd(delta: LowRank) -> Svd:
     return Svd(left @ u, values, vh @ right)
 
 
+def dense_svd(matrix: torch.Tensor) -> Svd:
+    """The singular value decomposition of a float64 matrix (m, n), from the Gram matrix of its shorter side.
+
+    left · diag(values) · right is the matrix to rounding, and cutting it at any rank loses exactly the values behind,
+    whatever the accuracy of the vectors: right is left's own projection. Values below 1e-8 of the largest are noise.
+    LAPACK's SVD takes 5 times as long (576 × 1536).
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        found = dense_svd(matrix.T)
+        return Svd(found.right.T, found.values, found.left.T)
+    _, vectors = torch.linalg.eigh(matrix @ matrix.T)
+    left = vectors.flip(1)
+    projected = left.T @ matrix
+    values = torch.linalg.vector_norm(projected, dim=1)
+    return Svd(left, values, projected / values.clamp(min=torch.finfo(values.dtype).tiny)[:, None])
+
+
 def norm(delta: LowRank) -> float:
     """‖ΔW‖ (Frobenius)."""
     upper, lower = _triangle(delta.left.double()), _triangle(delta.right.double().T)

@@ -18,9 +18,9 @@ from scipy.linalg import subspace_angles
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from peftkit.deltas.combining.dense_time import DenseTime, dense_time
 from peftkit.deltas.delta import Absolute, Added, Delta, Deltas, LowRank, Place, Rows, Stacked
 from peftkit.deltas.previewing import signs
-from peftkit.deltas.previewing.dense_time import DenseTime, dense_time
 from peftkit.deltas.previewing.page import preview_page
 from peftkit.deltas.previewing.preview import Preview, preview
 from peftkit.errors import DeltaError

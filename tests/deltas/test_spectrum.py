@@ -157,3 +157,22 @@ def test_nothing_at_all() -> None:
 )
 def test_rank_for_a_share_of_the_energy(values: list[float], share: float, rank: int) -> None:
     assert spectrum.rank_for(torch.tensor(values), share) == rank
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(7, 12, 7), (12, 7, 7), (9, 9, 9), (10, 14, 3), (6, 5, 0)])
+def test_a_dense_matrix_is_decomposed_as_by_numpy_and_cut_at_the_best_error(rows: int, columns: int, rank: int) -> None:
+    random = np.random.default_rng(rows * columns)
+    matrix = (
+        random.standard_normal((rows, rank))
+        @ np.diag(10.0 ** -np.arange(rank))
+        @ random.standard_normal((rank, columns))
+    )
+    found = spectrum.dense_svd(torch.from_numpy(matrix))
+    exact = np.linalg.svd(matrix, compute_uv=False)
+    largest = exact[0] if rank else 1.0
+    noise = 2.0**-26 * largest  # the root of float64's epsilon: a Gram matrix squares the values
+    np.testing.assert_allclose(found.values.numpy(), exact, atol=noise)
+    for kept in range(min(rows, columns) + 1):
+        product = (found.left[:, :kept] * found.values[:kept]) @ found.right[:kept]
+        best = np.sqrt((exact[kept:] ** 2).sum())
+        assert np.linalg.norm(matrix - product.numpy()) == pytest.approx(best, rel=1e-5, abs=noise)

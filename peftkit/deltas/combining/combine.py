@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from peftkit.base.dense import Dense
+from peftkit.deltas.combining.dense_time import dense_time
 from peftkit.deltas.combining.lineup import Block, Lineup, Part, Tensor, Untouched, line_up, turned
 from peftkit.deltas.combining.methods import How
 from peftkit.deltas.delta import Added, Delta, Deltas, LowRank, Place, Rows, Stacked
-from peftkit.deltas.spectrum import Svd, relative, svd
+from peftkit.deltas.spectrum import dense_svd, relative, svd
 from peftkit.errors import DeltaError
 from peftkit.events import Note, Phase, Progress, Report, silent
+from peftkit.render import duration
 
 _NAMED = 40
 """As many tensors of one kind are named in a message."""
@@ -124,6 +126,7 @@ def combine(
     if converted:
         kinds = ", ".join(sorted(set(converted.values())))
         report(Note(f"{len(converted)} tensors ({kinds}) have no LoRA factors: their ΔW on this base was taken"))
+    _tell_time(lineup, how, report)
     report(Phase("combining", len(lineup.tensors), "tensors"))
     changes, measured, spectra = {}, [], []
     for done, (name, tensor) in enumerate(lineup.tensors.items(), 1):
@@ -138,6 +141,15 @@ def combine(
     if combined.residual > max_residual:
         raise _too_far(combined, spectra)
     return combined
+
+
+def _tell_time(lineup: Lineup, how: How, report: Report) -> None:
+    """Say beforehand how long a method takes that needs every entry of ΔW."""
+    if how.entry.factored is not None:
+        return
+    tensors = [tensor for tensor in lineup.tensors.values() if not tensor.vector]
+    seconds = dense_time([(*tensor.matrix, len(tensor.parts)) for tensor in tensors]).seconds
+    report(Note(f"{how.method} computes every entry of ΔW: about {duration(seconds)} on this machine"))
 
 
 def _combined(tensor: Tensor, how: How, rank: int | None, base: Rows) -> tuple[Delta, Measured, list[torch.Tensor]]:
@@ -165,7 +177,7 @@ def _factored(tensor: Tensor, block: Block, how: How, rank: int | None, base: Ro
     """(factors of the result, its singular values): from the parts' factors where that is possible."""
     factors = tensor.factors(block) if how.entry.factored else None
     if factors is None or how.entry.factored is None:
-        found = Svd(*torch.linalg.svd(tensor.combined(block, how, base), full_matrices=False))
+        found = dense_svd(tensor.combined(block, how, base))
     else:
         result = how.entry.factored(factors, tensor.weights, how.values)
         result = turned(result) if tensor.inputs_first else result

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peftkit.deltas.previewing.dense_time import DenseTime
+from peftkit.deltas.combining.dense_time import DenseTime
 from peftkit.deltas.previewing.signs import Estimate
 from peftkit.deltas.spectrum import Angles
 from peftkit.events import Table

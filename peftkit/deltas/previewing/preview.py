@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 
 from peftkit.deltas import spectrum
+from peftkit.deltas.combining.dense_time import dense_time
 from peftkit.deltas.delta import Additive, Delta, Deltas, LowRank
 from peftkit.deltas.parts import low_rank_parts, products_by_rows, side_by_side
 from peftkit.deltas.previewing import signs
-from peftkit.deltas.previewing.dense_time import dense_time
 from peftkit.deltas.previewing.figures import NotShown, Preview
 from peftkit.deltas.previewing.tensor import Look, PairAngles, figures, look, pairs, root_sum
 from peftkit.deltas.spectrum import Angles

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
+from peftkit.deltas.spectrum import dense_svd
+
 _PIECE = 384  # rows and columns of what is measured
 _RANK = 16
 
 
 @dataclass(frozen=True)
 class DenseTime:
-    """Seconds that a dense method would take, to choose by: good to a factor of 2 or 3, and as busy as the machine."""
+    """Seconds that a dense method would take, to choose by: good to a factor of 4 or so, and as busy as the machine."""
 
     entries_seconds: float
     """To compute ΔW of every adapter, cut it by magnitude, elect signs and add up, as TIES does."""
@@ -36,7 +38,7 @@ def dense_time(matrices: Sequence[tuple[int, int, int]], clock: Callable[[], flo
     left = torch.randn(_PIECE, _RANK, dtype=torch.float64, generator=generator)
     dense = left @ torch.randn(_RANK, _PIECE, dtype=torch.float64, generator=generator)
     treat = _seconds(lambda: _treated(left, dense[:_RANK]), clock)
-    decompose = _seconds(lambda: torch.linalg.svd(dense, full_matrices=False), clock)
+    decompose = _seconds(lambda: dense_svd(dense), clock)
     entries = sum(rows * columns * adapters for rows, columns, adapters in matrices)
     cubes = sum(rows * columns * min(rows, columns) for rows, columns, _ in matrices)
     return DenseTime(treat * entries / _PIECE**2, decompose * cubes / _PIECE**3)
