@@ -21,6 +21,7 @@ from tiny_bases import write_base
 from peftkit.base.dense import dense_tensors
 from peftkit.deltas import merge as merging
 from peftkit.deltas.merge import MergeSettings, merge
+from peftkit.deltas.merging import shard
 from peftkit.events import Event, Note
 
 SCRIPT = Path(__file__).with_name("interrupted_merge.py")
@@ -175,6 +176,43 @@ def test_what_was_damaged_meanwhile_is_written_again(
     merge(base, deltas(base), tmp_path / "fresh", SETTINGS)
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
     assert not folder.exists()
+
+
+def test_nothing_counts_as_written_before_it_is_synced(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal names only synced bytes; every file and folder was synced as it is when the rename publishes it."""
+    monkeypatch.setattr(shard, "SYNC_EVERY", 8000)
+    synced: dict[str, int] = {}
+    named: list[int] = []
+    sync, rename = os.fsync, os.rename
+
+    def watched_sync(descriptor: int) -> None:
+        sync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[str(path)] = os.fstat(descriptor).st_mtime_ns
+        if path.name == "journal.jsonl":
+            lines = [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
+            assert all(line["end"] <= ends.get(line["file"], 0) for line in lines)
+            named.append(len(lines))
+        elif path.suffix == ".safetensors":
+            ends[path.name] = os.fstat(descriptor).st_size
+
+    def watched_rename(source: Any, target: Any) -> None:
+        if Path(target) == tmp_path / "out":
+            found = [Path(source), *Path(source).rglob("*")]
+            assert {str(path): path.stat().st_mtime_ns for path in found}.items() <= synced.items()
+            published.append(len(found))
+        rename(source, target)
+
+    ends: dict[str, int] = {}
+    published: list[int] = []
+    monkeypatch.setattr(os, "fsync", watched_sync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    merge(base, deltas(base), tmp_path / "out", SETTINGS)
+    assert len(named) > 5
+    assert published == [1 + len(files(tmp_path / "out"))]
+    assert str(tmp_path) in synced
 
 
 @pytest.mark.full
