@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MUTANTS = ROOT / "tests" / "mutants"
 _COPIED = ("peftkit", "tests", "recipes", "benchmarks", "docs", "scripts", "pyproject.toml", "README.md", "Makefile")
 
-_OPTIONS = ("-x", "-q", "-rfE", "--no-header", "-p", "no:cacheprovider", "-m", "not full and not gpu and not engines")
+_OPTIONS = ("-x", "-q", "--no-header", "-p", "no:cacheprovider", "-m", "not full and not gpu and not engines")
 _SLOW_TO_IMPORT = ("torch", "transformers.modeling_utils", "transformers.models.llama.modeling_llama", "hypothesis")
 
 NOT_CAUGHT = "NOT CAUGHT"
@@ -83,22 +83,39 @@ def plant(mutant: Mutant, tree: Path, *, undo: bool = False) -> bool:
     return done.returncode == 0
 
 
+class _FirstFailure:
+    """A plugin of pytest that writes down which test failed first."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._note(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._note(report)
+
+    def _note(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed and not self._place.exists():
+            self._place.write_text(report.nodeid, encoding="utf-8")
+
+
 def first_failure(tests: Sequence[str], tree: Path) -> str | None:
     """The id of the first of these tests that fails in a tree, None when none does. Raises RuntimeError."""
-    output = tree.parent / "output.txt"
+    output, failed = tree.parent / "output.txt", tree.parent / "failed.txt"
+    failed.unlink(missing_ok=True)
     child = os.fork()
     if not child:
-        _become_pytest([*_OPTIONS, *tests], tree, output)
-    code, said = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output.read_text(encoding="utf-8")
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
-    if failed:
-        return failed[1]
+        _become_pytest(tests, tree, output, failed)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if failed.exists():
+        return failed.read_text(encoding="utf-8")
     if code:
-        raise RuntimeError(f"pytest ended with {code}:\n{said}")
+        raise RuntimeError(f"pytest ended with {code}:\n{output.read_text(encoding='utf-8')}")
     return None
 
 
-def _become_pytest(arguments: Sequence[str], tree: Path, output: Path) -> NoReturn:
+def _become_pytest(tests: Sequence[str], tree: Path, output: Path, failed: Path) -> NoReturn:
     """Run the tests of a tree in this process, whose packages are imported already, and end it."""
     code = 70
     try:
@@ -109,7 +126,7 @@ def _become_pytest(arguments: Sequence[str], tree: Path, output: Path) -> NoRetu
         os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}  # for what the tests start
         sys.dont_write_bytecode = True
         sys.path.insert(0, str(tree))
-        code = int(pytest.main([*arguments]))
+        code = int(pytest.main([*_OPTIONS, *tests], [_FirstFailure(failed)]))
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -106,7 +106,7 @@ def _plan_text(plan: Any, onto: str | None) -> str:
 
 
 def _text(record: dict[str, Any], out: Path) -> str:
-    weights, model = record["weights"], record["model"]
+    weights = record["weights"]
     share, same = weights["kept"], weights["unchanged"] / max(weights["entries"], 1)
     facts = [
         ("  onto", record["settings"]["onto"]),
@@ -114,17 +114,22 @@ def _text(record: dict[str, Any], out: Path) -> str:
         ("  left unchanged by rounding", f"{same:.1%} of the entries that ΔW touches"),
         ("  ‖ΔW‖ / ‖W‖", f"{weights['delta_to_base']:.2%}" if weights["delta_to_base"] else "-"),
     ]
-    if model.get("measured"):
-        change = model["nll_change"]
-        facts += [
-            (
-                "  NLL, merged − attached",
-                f"{change['point']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f}) "
-                f"on {model['answer_tokens']:,} answer tokens",
-            ),
-            ("  KL(attached ‖ merged)", f"{model['kl']['mean']:.2g} nats per token, {model['kl']['max']:.2g} at most"),
-            ("  same first choice", f"{model['top1_agreement']:.2%} of the tokens"),
-        ]
-    else:
-        facts.append(("  model", model.get("reason", "not measured")))
+    for name, found in record["model"].items():
+        facts += _model(name, found)
     return f"{out} holds the merged model\n{render.facts(facts)}"
+
+
+def _model(name: str, found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured on one adapter's rows."""
+    if not found["measured"]:
+        return [(f"  {name}", found["reason"])]
+    change = found["nll_change"]
+    return [
+        (
+            f"  {name}: NLL, merged − attached",
+            f"{change['point']:+.4f} ({change['low']:+.4f} to {change['high']:+.4f}) "
+            f"on {found['answer_tokens']:,} answer tokens",
+        ),
+        ("    KL(attached ‖ merged)", f"{found['kl']['mean']:.2g} nats per token, {found['kl']['max']:.2g} at most"),
+        ("    same first choice", f"{found['top1_agreement']:.2%} of the tokens"),
+    ]

@@ -45,15 +45,22 @@ def how(method: str, settings: Sequence[str]) -> How:
 
 def parse_rows(arguments: Sequence[str], names: Sequence[str]) -> Mapping[str, Path]:
     """File of rows by adapter; a file alone belongs to every adapter that none is named for."""
-    named = dict(text.partition("=")[::2] for text in arguments if text.partition("=")[0] in names)
-    alone = [text for text in arguments if text.partition("=")[0] not in names]
-    if len(alone) > 1:
+    named, alone = {}, []
+    for text in arguments:
+        name, equals, file = text.partition("=")
+        if equals and not Path(text).exists():
+            named[name] = Path(file)
+        else:
+            alone.append(text)
+    empty = [name for name, file in named.items() if not name or file == Path()]
+    if len(alone) > 1 or empty:
+        surplus = f"{len(alone)} files without an adapter: {', '.join(alone)}"
         raise DeltaError(
-            f"--rows names {len(alone)} files without an adapter: {', '.join(alone)}",
+            f"--rows names {surplus if alone[1:] else 'an adapter without a file'}",
             expected=f"NAME=FILE with one of {', '.join(names)}",
-            hint=f"--rows {names[0]}={alone[0]}",
+            hint=f"--rows {names[0]}={(alone or ['held_out.jsonl'])[0]}",
         )
-    return {name: Path(named.get(name) or alone[0]) for name in names if name in named or alone}
+    return named | {name: Path(alone[0]) for name in names if alone and name not in named}
 
 
 def parse_weighted(arguments: Sequence[str]) -> list[tuple[str, float]]:

@@ -29,6 +29,11 @@ class Delta(ABC):
     """Of the tensor once it is merged, as the base's file has it."""
 
     @property
+    def label(self) -> str:
+        """Its kind; of what several adapters make together, theirs."""
+        return self.kind
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the matrix that the tensor is read as; a vector is one row."""
         if len(self.shape) < 2:

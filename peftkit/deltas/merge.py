@@ -23,7 +23,7 @@ from peftkit.deltas.merging.kept import Kept
 from peftkit.deltas.merging.layout import Shard, index, shards
 from peftkit.deltas.merging.plan import MergePlan, plan_of
 from peftkit.deltas.merging.product import Product, Rounded
-from peftkit.deltas.merging.receipt import FILE, MergeReceipt, digest_of
+from peftkit.deltas.merging.receipt import FILE, MergeReceipt, Provenance, digest_of
 from peftkit.deltas.merging.requantized import Requantized
 from peftkit.deltas.merging.settings import MergeSettings
 from peftkit.deltas.merging.work import Task, products, written_config
@@ -31,10 +31,9 @@ from peftkit.durable import digest_file
 from peftkit.environment import versions
 from peftkit.events import Report, silent
 
-__all__ = ["MergePlan", "MergeReceipt", "MergeSettings", "merge", "plan_merge"]
+__all__ = ["MergePlan", "MergeReceipt", "MergeSettings", "Provenance", "merge", "plan_merge"]
 
-Examine = Callable[[Path], Mapping[str, Any]]
-NOT_EXAMINED = {"measured": False, "reason": "not measured: nobody asked for it"}
+Examine = Callable[[Path], Mapping[str, Mapping[str, Any]]]
 _VERSIONS = ("peftkit", "torch", "transformers", "bitsandbytes")
 
 
@@ -60,17 +59,19 @@ def merge(
     settings: MergeSettings,
     *,
     trained_on: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
     cache: Path | None = None,
     examine: Examine | None = None,
     report: Report = silent,
 ) -> MergeReceipt:
     """Write base + ΔW to the folder `out`: each tensor is computed in float64 and rounded once, or quantized.
 
-    `trained_on` is the manifest's `base.quantization`, which `onto="dequantized"` needs; `cache` keeps the base's
-    digests. `examine` looks at the complete folder before it is published, and returns what the receipt says of the
-    model; what it raises stops the merge, which goes on from there when it is asked for again. Raises DeltaError for
-    deltas that do not fit the base, numbers that are not finite, a disk without room, another process at work on
-    `out`, and a result that keeps less than 90 % of the delta without `force`; nothing is published then.
+    `trained_on` is the manifest's `base.quantization`, which `onto="dequantized"` needs; `provenance` is what the
+    receipt says of the deltas; `cache` keeps the base's digests. `examine` looks at the complete folder before it is
+    published, and returns what the receipt says of the model; what it raises stops the merge, which goes on from there
+    when it is asked for again. Raises DeltaError for deltas that do not fit the base, numbers that are not finite, a
+    disk without room, another process at work on `out`, and a result that keeps less than 90 % of the delta without
+    `force`; nothing is published then.
     """
     building = Building(out)
     building.check_out()
@@ -78,17 +79,19 @@ def merge(
     model = _Model.of(task)
     identity = identify(task.folder, cache)
     facts = {"record": identity.record.sha256, "weights": identity.weights}
-    adapter = {"reference": deltas.reference, "deltas": digest_of(deltas)}
+    added = digest_of(deltas)
+    origin = provenance or Provenance([(deltas.reference, 1.0)])
     with building.held():
-        journal = Journal(building.journal, _inputs(facts, adapter, task))
+        journal = Journal(building.journal, _inputs(facts, added, task))
         begun = starts(model.shards, building, journal, report)
         model.plan(building).check_room()
         lines, digests = write_shards(model.shards, model.made, begun, building, journal, report)
-        receipt = MergeReceipt(facts, adapter, settings, trained_on, _versions(), model.kept(lines), {})
+        kept, forms = model.kept(lines), model.forms()
+        receipt = MergeReceipt(facts, added, origin, settings, trained_on, _versions(), kept, forms)
         receipt.check_or(building.drop)
         try:
             files = model.weights(digests) | _write_companions(model, building)
-            receipt = replace(receipt, files=files, model=examine(building.model) if examine else NOT_EXAMINED)
+            receipt = replace(receipt, files=files, model=examine(building.model) if examine else {})
             building.write(FILE, spelled(receipt.as_record()))
             building.publish()
         except OSError as error:
@@ -125,6 +128,17 @@ class _Model:
                 found[product.weight.name] = line.kept
         return found
 
+    def forms(self) -> dict[str, str]:
+        """Tensor with a delta → its kind, and what it is written as."""
+        found = {}
+        for product in self.made.values():
+            if isinstance(product, Rounded | Requantized) and product.weight.delta is not None:
+                code = (
+                    product.form.code if isinstance(product, Requantized) else str(product.dtype).removeprefix("torch.")
+                )
+                found[product.weight.name] = f"{product.weight.delta.kind} in {code}"
+        return found
+
     def weights(self, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         """Digest and size of each file of weights."""
         return {shard.file: {"sha256": digests[shard.file], "bytes": shard.bytes} for shard in self.shards}
@@ -138,11 +152,11 @@ def _task(
     return Task(folder, config, merged_config(config, folder, deltas, settings), deltas, settings, trained_on)
 
 
-def _inputs(base: Mapping[str, str], adapter: Mapping[str, str], task: Task) -> str:
+def _inputs(base: Mapping[str, str], added: str, task: Task) -> str:
     """Digest of all that the bytes depend on; `force` changes none."""
     settings = task.settings.model_dump(exclude={"force"})
     trained_on = dict(task.trained_on) if task.trained_on else None
-    return digest_json([FORMAT, dict(base), adapter["deltas"], settings, trained_on, _versions()])
+    return digest_json([FORMAT, dict(base), added, settings, trained_on, _versions()])
 
 
 def _versions() -> dict[str, str]:

@@ -107,34 +107,43 @@ def gated(keep: float, passed: bool, tasks: Mapping[str, Mapping[str, Any]]) -> 
 
 def merged(
     versions: Sequence[Mapping[str, Any]],
-    base: Mapping[str, Any],
-    onto: str,
+    method: str,
+    options: Mapping[str, float],
+    deltas: str,
+    base: Mapping[str, str],
+    trained_on: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
+    software: Mapping[str, str],
     weights: Mapping[str, Any],
+    groups: Mapping[str, Mapping[str, Any]],
     tensors: Mapping[str, Mapping[str, Any]],
-    files: Mapping[str, str],
-    model: Mapping[str, Any],
-    recommended: Mapping[str, Any] | None = None,
-    forced: Sequence[str] = (),
+    model: Mapping[str, Mapping[str, Any]],
+    recommended: Mapping[str, Any] | None,
+    files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Adapters were added to the weights of their base: onto which, into which format, and what is left of ΔW.
 
-    `weights` are the figures over all tensors and `tensors` those of each: share kept ⟨ΔŴ, ΔW⟩ / ‖ΔW‖², entries that
-    rounding left unchanged, norms. `model` compares base + adapter with the merged model on held-out rows, or says
-    `measured` false with the reason. `forced` names what --force went on with.
+    `versions` are references with weights, combined by `method`; `deltas` is the digest of what was added. `weights`
+    are the figures over all tensors, `groups` by kind of delta and form, `tensors` of each: share kept
+    ⟨ΔŴ, ΔW⟩ / ‖ΔW‖², entries that rounding left unchanged, norms. `model` compares base + adapter with the merged model
+    on each version's held-out rows, or says `measured` false with the reason.
     """
     return {
         "type": "merge",
         "versions": [dict(version) for version in versions],
+        "method": method,
+        "options": dict(options),
+        "deltas": deltas,
         "base": dict(base),
-        "onto": onto,
+        "trained_on": dict(trained_on) if trained_on else None,
         "settings": dict(settings),
+        "software": dict(software),
         "weights": dict(weights),
+        "groups": {name: dict(figures) for name, figures in groups.items()},
         "tensors": {name: dict(figures) for name, figures in tensors.items()},
-        "files": dict(files),
-        "model": dict(model),
+        "model": {name: dict(found) for name, found in model.items()},
         "recommended": dict(recommended) if recommended is not None else None,
-        "forced": list(forced),
+        "files": {name: dict(facts) for name, facts in files.items()},
     }
 
 

@@ -67,8 +67,9 @@ class Trial:
         self.made += 1
         payload = self.root / f"payload-{self.made}"
         fields = draft_of(self.parents, write_payload(combined, self.parents, payload))
-        fields["base"]["record"] = None  # this registry keeps none; the digests stand in the manifest
-        return self.registry.publish(f"candidate-{self.made}", payload, Draft.model_validate(fields))
+        fields["base"]["record"] = self.parents.record.id
+        name, draft = f"candidate-{self.made}", Draft.model_validate(fields)
+        return self.registry.publish(name, payload, draft, base=self.parents.record)
 
     def drop(self, version: Version) -> None:
         """Forget a candidate's files, so that a long search needs the disk of one."""

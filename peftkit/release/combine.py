@@ -19,7 +19,7 @@ from peftkit.release.candidate import draft_of, scores, trial, write_payload
 from peftkit.release.gate import GateResult, Task, beside, check_keep, gate
 from peftkit.release.measured import LEAST_TOKENS, NotMeasured, interval_record, too_few
 from peftkit.release.parents import Parents, open_parents
-from peftkit.release.rows import HeldOut, held_out_rows
+from peftkit.release.rows import HeldOut, rows_by_version
 from peftkit.release.search import Objective, Search, search_weights
 from peftkit.tuning.attach import Attached
 
@@ -92,7 +92,7 @@ def combine_adapters(
     if keep is not None:
         check_keep(keep.keep)
     parents = open_parents(registry, [reference for reference, _ in weighted], cache, base=base, report=report)
-    bench = _Bench(parents, how, rank, max_residual, cache, judging, report)
+    bench = _Bench([name for name, _ in weighted], parents, how, rank, max_residual, cache, judging, report)
     weights = [weight for _, weight in weighted]
     rows = bench.rows(runs) if keep or search else {}
     chosen, judged = _divided(rows, search is not None)
@@ -111,6 +111,7 @@ class _Bench:
 
     def __init__(
         self,
+        named: Sequence[str],
         parents: Parents,
         how: How,
         rank: int | None,
@@ -119,7 +120,8 @@ class _Bench:
         judging: Judging,
         report: Report,
     ) -> None:
-        self.parents, self.how, self.rank, self.max_residual = parents, how, rank, max_residual
+        self.named, self.parents, self.how = named, parents, how
+        self.rank, self.max_residual = rank, max_residual
         self.cache, self.judging, self.report = cache, judging, report
         self._host: Attached | None = None
 
@@ -138,14 +140,7 @@ class _Bench:
 
     def rows(self, runs: Path) -> dict[str, HeldOut]:
         """Every parent's held-out rows. Raises DeltaError, naming all that are missing."""
-        given, versions = self.judging.rows, self.parents.versions
-        known = {name for version in versions for name in (version.name, version.reference)}
-        if unknown := sorted(set(given) - known):
-            raise DeltaError(
-                f"rows are given for {', '.join(unknown)}, which is not combined",
-                expected=f"one of {', '.join(sorted(known))}",
-            )
-        found = {version.reference: held_out_rows(version, runs, given) for version in versions}
+        found = rows_by_version(self.judging.rows, self.named, self.parents.versions, runs)
         missing = {name: rows for name, rows in found.items() if isinstance(rows, NotMeasured)}
         if missing:
             said = "".join(f"\n- {name}: {rows.reason}" for name, rows in missing.items())

@@ -13,7 +13,6 @@ import torch
 
 from peftkit.backbone.contain import quantized_linears
 from peftkit.backbone.load import Backbone, load_backbone
-from peftkit.backbone.locate import locate, locate_again
 from peftkit.backbone.quantize import dense_weight
 from peftkit.backbone.spec import QuantSpec
 from peftkit.backbone.upload import agree_with_upload
@@ -21,6 +20,7 @@ from peftkit.base.ref import BaseSpec, LocatedBase, read_config
 from peftkit.errors import DeltaError
 from peftkit.events import Report, silent
 from peftkit.registry.manifest import Version
+from peftkit.release.base_of import find_base
 from peftkit.release.drift import Side
 from peftkit.release.positions import Loaded
 from peftkit.tuning.attach import attach, quant_of
@@ -60,10 +60,8 @@ def trained(
     version: Version, cache: Path, *, base: str | None = None, other_base: bool = False, report: Report = silent
 ) -> Trained:
     """Find the base of a version. Raises BaseError when it is not on this machine."""
-    recorded = version.manifest.base
-    spec = BaseSpec(source=base) if base else locate_again(recorded.source, recorded.revision, recorded.record, cache)
-    found = locate(spec, cache, report)
-    quant = quant_of(recorded.quantization or {}, None)
+    spec, found = find_base(version, cache, base, report)
+    quant = quant_of(version.manifest.base.quantization or {}, None)
     return Trained(version, spec, found, quant, cache, other_base, report)
 
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.backbone.load import Backbone, load_backbone
-from peftkit.backbone.locate import locate, locate_again
 from peftkit.base.dense import Dense, dense_tensors
-from peftkit.base.identity import identify
-from peftkit.base.places import remember_place
+from peftkit.base.record import BaseRecord
 from peftkit.base.ref import BaseSpec, LocatedBase
 from peftkit.deltas.delta import Deltas
 from peftkit.deltas.reading.read import deltas_of
@@ -19,6 +17,7 @@ from peftkit.errors import BaseMismatch, DeltaError
 from peftkit.events import Report, Warned, silent
 from peftkit.registry.manifest import Version
 from peftkit.registry.store import Registry
+from peftkit.release.base_of import base_of, differing_parts
 from peftkit.tuning.attach import quant_of
 from peftkit.tuning.stored import read
 
@@ -33,6 +32,8 @@ class Parents:
     """The base's tensors, read from its files piece by piece."""
     spec: BaseSpec
     located: LocatedBase
+    record: BaseRecord
+    """What the base is, by content."""
     quantization: Mapping[str, Any] | None
     """What the base was quantized to while they were trained, as manifests say it."""
 
@@ -59,14 +60,12 @@ def open_parents(
         raise DeltaError("no adapters are named", expected="at least one, such as tickets:0.6 tone:0.4")
     versions = tuple(registry.resolve(reference) for reference in references)
     check_same_base(versions)
-    recorded = versions[0].manifest.base
-    spec = BaseSpec(source=base) if base else locate_again(recorded.source, recorded.revision, recorded.record, cache)
-    found = locate(spec, cache, report)
-    identity = identify(found.folder, cache)
-    _check_found(versions[0], found, identity.fingerprint, identity.parts())
-    remember_place(identity, found.place, cache)
-    deltas = tuple(deltas_of(read(version), found.folder) for version in versions)
-    return Parents(versions, deltas, dense_tensors(found.folder), spec, found, _quantization(versions, report))
+    found = base_of(versions[0], cache, base, report)
+    folder = found.located.folder
+    deltas = tuple(deltas_of(read(version), folder) for version in versions)
+    quantization = _quantization(versions, report)
+    record = found.identity.record
+    return Parents(versions, deltas, dense_tensors(folder), found.spec, found.located, record, quantization)
 
 
 def check_same_base(versions: Sequence[Version]) -> None:
@@ -74,39 +73,13 @@ def check_same_base(versions: Sequence[Version]) -> None:
     first = versions[0].manifest.base
     for version in versions[1:]:
         other = version.manifest.base
-        differing = _differing(_parts(first.parts), _parts(other.parts))
-        if not differing and first.fingerprint != other.fingerprint:
-            differing = ["fingerprint"]
-        if differing:
+        if differing := differing_parts(first.parts, first.fingerprint, other.parts, other.fingerprint):
             raise BaseMismatch(
                 f"{version.reference} was trained on {other.source}, {versions[0].reference} on {first.source}; the "
                 f"two differ in: {', '.join(differing)}",
                 expected="adapters of one base, by content",
                 hint=f"peftkit diff {versions[0].reference} {version.reference} shows what differs",
             )
-
-
-def _check_found(version: Version, found: LocatedBase, fingerprint: str, parts: Mapping[str, str]) -> None:
-    recorded = version.manifest.base
-    differing = _differing(_parts(recorded.parts), parts)
-    if not differing and recorded.fingerprint != fingerprint:
-        differing = ["fingerprint"]
-    if differing:
-        raise BaseMismatch(
-            f"{version.reference} was trained on {recorded.source}; {found.source} differs in: {', '.join(differing)}",
-            expected="the same base, by content",
-            hint="name the base that it was trained on with --base",
-        )
-
-
-def _differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    # What a manifest does not state is not known to be the same.
-    names = dict.fromkeys([*one, *other])
-    return [name.replace("_", " ") for name in names if one.get(name) is None or one.get(name) != other.get(name)]
-
-
-def _parts(parts: Mapping[Any, str]) -> dict[str, str]:
-    return {str(part): digest for part, digest in parts.items()}
 
 
 def _quantization(versions: Sequence[Version], report: Report) -> Mapping[str, Any] | None:

@@ -87,11 +87,11 @@ def recommend_onto(
     """
     if not needs_choice(version):
         return Recommendation("original", f"{version.reference} was trained on weights that are not quantized")
-    if isinstance(rows, NotMeasured):
-        return Recommendation(None, rows.reason)
     form = trained(version, cache, base=base, other_base=other_base, report=report)
     if form.uploaded_in_few_bits:
         return Recommendation("dequantized", f"the files of {form.located.source} hold no other weights")
+    if isinstance(rows, NotMeasured):
+        return Recommendation(None, rows.reason)
     part = rows.part(form.folder, report)
     missing = too_few(part.answer_tokens, least_tokens) or _no_room(form, part, batch_size)
     if missing is not None:

@@ -14,6 +14,7 @@ from peftkit.base.ref import longest_sequence, read_config
 from peftkit.base.tokenizer import load_tokenizer
 from peftkit.data.audit import DataSpec, Part, divide, encode
 from peftkit.data.formats import Dataset, Row, load_rows
+from peftkit.errors import DeltaError
 from peftkit.events import Report, Warned, silent
 from peftkit.registry.manifest import Data, Version
 from peftkit.release.measured import NotMeasured
@@ -62,6 +63,28 @@ def first_tokens(part: Part, most: int) -> Part:
             break
         taken += 1
     return replace(part, examples=part.examples[:taken])
+
+
+def rows_by_version(
+    given: Mapping[str, Path], named: Sequence[str], versions: Sequence[Version], runs_root: Path
+) -> dict[str, HeldOut | NotMeasured]:
+    """`name@version` → its held-out rows, for `versions` that the user called `named`; a file may be given under the
+    name that was typed, the adapter's, or `name@version`.
+
+    Raises DeltaError for a file under another name, DataError when one cannot be read.
+    """
+    calls = {v.reference: (typed, v.name, v.reference) for typed, v in zip(named, versions, strict=True)}
+    if unknown := sorted(set(given) - {call for each in calls.values() for call in each}):
+        raise DeltaError(
+            f"rows are given for {', '.join(unknown)}, which is not among the adapters",
+            expected=f"one of {', '.join(named)}",
+            hint=f"--rows {named[0]}={given[unknown[0]]}",
+        )
+    files = {v.reference: [given[call] for call in calls[v.reference] if call in given] for v in versions}
+    return {
+        v.reference: held_out_rows(v, runs_root, {v.reference: files[v.reference][0]} if files[v.reference] else {})
+        for v in versions
+    }
 
 
 def held_out_rows(version: Version, runs_root: Path, given: Mapping[str, Path]) -> HeldOut | NotMeasured:

@@ -21,7 +21,6 @@ from tiny_bases import write_base
 from peftkit.base.dense import dense_tensors
 from peftkit.deltas import merge as merging
 from peftkit.deltas.merge import MergeSettings, merge
-from peftkit.deltas.merging import shard
 from peftkit.events import Event, Note
 
 SCRIPT = Path(__file__).with_name("interrupted_merge.py")
@@ -181,8 +180,10 @@ def test_what_was_damaged_meanwhile_is_written_again(
 def test_nothing_counts_as_written_before_it_is_synced(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A journal names only synced bytes; every file and folder was synced as it is when the rename publishes it."""
-    monkeypatch.setattr(shard, "SYNC_EVERY", 8000)
+    """The journal names only synced bytes; every file and folder was synced as it is when the rename publishes it.
+
+    The files are small: each is synced once, so no earlier sync hides a journal that runs ahead.
+    """
     synced: dict[str, int] = {}
     named: list[int] = []
     sync, rename = os.fsync, os.rename
@@ -210,7 +211,7 @@ def test_nothing_counts_as_written_before_it_is_synced(
     monkeypatch.setattr(os, "fsync", watched_sync)
     monkeypatch.setattr(os, "rename", watched_rename)
     merge(base, deltas(base), tmp_path / "out", SETTINGS)
-    assert len(named) > 5
+    assert len(named) > 2, "there is more than one file"
     assert published == [1 + len(files(tmp_path / "out"))]
     assert str(tmp_path) in synced
 

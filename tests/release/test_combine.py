@@ -163,7 +163,7 @@ def test_too_few_rows_do_not_pass(pair: Any) -> None:
 
 
 def test_rows_for_an_adapter_that_is_not_combined_are_an_error(pair: Any) -> None:
-    with pytest.raises(DeltaError, match="rows are given for three, which is not combined"):
+    with pytest.raises(DeltaError, match="rows are given for three, which is not among the adapters"):
         together(pair, [("one", 1.0)], keep=GateSettings(0.5), judging=Judging({"three": pair.folder / "one.jsonl"}))
 
 

@@ -49,6 +49,11 @@ class Together(Delta):
     how: How
 
     @property
+    def label(self) -> str:
+        """The parts' kinds, combined."""
+        return "combined " + ", ".join(sorted({part.delta.kind for part in self.tensor.parts}))
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns); fused experts lie one below the other."""
         return self.tensor.matrix

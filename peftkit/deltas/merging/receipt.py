@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 
 from peftkit.canonical import digest_json
+from peftkit.deltas.combining.methods import How
 from peftkit.deltas.delta import Deltas
 from peftkit.deltas.merging.kept import Kept, total
 from peftkit.deltas.merging.settings import MergeSettings
 from peftkit.deltas.rounding import to_bytes
 from peftkit.errors import DeltaError
+from peftkit.registry import receipts
 
 LEAST = 0.9
 """The share of the delta that must be kept: issue #5 refuses less without `force`."""
@@ -23,22 +25,36 @@ FILE = "peftkit_merge.json"
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Where the deltas come from, as the receipt says it."""
+
+    versions: Sequence[tuple[str, float]]
+    """Reference and weight of each."""
+    how: How = field(default_factory=How)
+    recommended: Mapping[str, Any] | None = None
+    """What was measured to choose `onto`."""
+
+
+@dataclass(frozen=True)
 class MergeReceipt:
     """What a merge did to the weights; the bytes are the same for the same inputs, and so is this."""
 
     base: Mapping[str, str]
     """Digests of the base: `record`, `weights`."""
-    adapter: Mapping[str, str]
-    """`reference`, and `deltas`: the digest of all that it changes."""
+    deltas: str
+    """Digest of all that is changed."""
+    provenance: Provenance
     settings: MergeSettings
     trained_on: Mapping[str, Any] | None
-    versions: Mapping[str, str]
+    software: Mapping[str, str]
     tensors: Mapping[str, Kept]
     """For each tensor that has a delta."""
-    files: Mapping[str, Mapping[str, Any]]
+    forms: Mapping[str, str]
+    """Tensor → its kind of delta and what it is written as: `LoRA in nf4`."""
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """`sha256` and `bytes` of every file that was written, this receipt's left out."""
-    model: Mapping[str, Any] = field(default_factory=dict)
-    """Base + adapter against the merged model, or why that was not measured."""
+    model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Version → base + adapter against the merged model on its rows, or why that was not measured."""
 
     @property
     def whole(self) -> Kept:
@@ -46,40 +62,56 @@ class MergeReceipt:
         return total(self.tensors.values())
 
     @property
+    def groups(self) -> dict[str, Kept]:
+        """By kind and form: over all tensors, a replaced head would hide that every LoRA was rounded away."""
+        names = sorted(set(self.forms.values()))
+        return {form: total(kept for name, kept in self.tensors.items() if self.forms[name] == form) for form in names}
+
+    @property
     def worst(self) -> list[str]:
         """The tensors that keep least of their delta, the worst first."""
-        shares = {name: kept.share for name, kept in self.tensors.items() if kept.share is not None}
-        return sorted(shares, key=lambda name: (shares[name], name))[:WORST]
+        return self._by_share[:WORST]
 
     def as_record(self) -> dict[str, Any]:
-        """Plain JSON."""
-        return {
-            "type": "merge",
-            "base": dict(self.base),
-            "adapter": dict(self.adapter),
-            "settings": self.settings.model_dump(),
-            "trained_on": dict(self.trained_on) if self.trained_on else None,
-            "versions": dict(self.versions),
-            "weights": self.whole.figures() | {"worst": self.worst},
-            "tensors": {name: kept.figures() for name, kept in sorted(self.tensors.items())},
-            "model": dict(self.model),
-            "files": {name: dict(facts) for name, facts in sorted(self.files.items())},
-        }
+        """Plain JSON (registry/FORMAT.md, Receipts)."""
+        origin = self.provenance
+        return receipts.merged(
+            versions=[{"reference": reference, "weight": weight} for reference, weight in origin.versions],
+            **origin.how.as_record(),
+            deltas=self.deltas,
+            base=self.base,
+            trained_on=self.trained_on,
+            settings=self.settings.model_dump(),
+            software=self.software,
+            weights=self.whole.figures() | {"worst": self.worst},
+            groups={form: kept.figures() for form, kept in self.groups.items()},
+            tensors={name: kept.figures() for name, kept in sorted(self.tensors.items())},
+            model=self.model,
+            recommended=origin.recommended,
+            files=dict(sorted(self.files.items())),
+        )
 
     def check_or(self, drop: Callable[[], None]) -> None:
-        """Raise DeltaError, after `drop`, when less than 90 % of the delta is kept, unless it was forced."""
-        share = self.whole.share
-        if share is None or share >= LEAST or self.settings.force:
+        """Raise DeltaError, after `drop`, when a group keeps less than 90 % of its delta, unless it was forced."""
+        shares = {form: kept.share for form, kept in self.groups.items() if kept.share is not None}
+        lost = {form: share for form, share in shares.items() if share < LEAST}
+        if not lost or self.settings.force:
             return
         drop()
-        worst = self.worst[0]
+        form = min(lost, key=lambda form: lost[form])
+        worst = next(name for name in self._by_share if self.forms[name] == form)
         least = self.tensors[worst].share
         raise DeltaError(
-            f"the merged weights keep {100 * share:.1f} % of the delta ({worst}: {100 * (least or 0):.1f} %): "
-            + _why(self.settings, self.whole),
+            f"the merged weights keep {100 * lost[form]:.1f} % of the delta ({form}; "
+            f"{worst}: {100 * (least or 0):.1f} %): {_why(self.settings, self.groups[form])}",
             expected=f"at least {100 * LEAST:.0f} %; nothing was published",
             hint=_instead(self.settings) + ", or publish it all the same with --force",
         )
+
+    @property
+    def _by_share(self) -> list[str]:
+        shares = {name: kept.share for name, kept in self.tensors.items() if kept.share is not None}
+        return sorted(shares, key=lambda name: (shares[name], name))
 
 
 def digest_of(deltas: Deltas) -> str:

@@ -25,7 +25,7 @@ from peftkit.deltas.reading.read import read_deltas
 from peftkit.deltas.spectrum import norm, relative, stacked
 from peftkit.errors import DeltaError
 from peftkit.release.export.capabilities import Finding
-from peftkit.release.export.source import Cut, Source, base_of
+from peftkit.release.export.source import Cut, Source
 from peftkit.version import __version__
 
 CONFIG, TENSORS, RECEIPT = "adapter_config.json", "adapter_model.safetensors", "peftkit_export.json"
@@ -119,13 +119,13 @@ def _receipt(made: Canonical, folder: Path, engine: str, findings: Sequence[Find
 
 def start_of(source: Source, engine: str, findings: Sequence[Finding]) -> dict[str, Any]:
     """What every export's receipt says first: who reads it, and what went in."""
-    version = source.version
+    version, base = source.version, source.version.manifest.base
     return {
         "type": "export",
         "engine": engine,
         "peftkit": __version__,
         "version": version.reference,
-        "base": dict(base_of(source)),
+        "base": {"source": base.source, "revision": base.revision, "fingerprint": base.fingerprint},
         "input": {path: file.sha256 for path, file in sorted(version.manifest.files.items())},
         "findings": [finding.describe() for finding in findings if finding.cell.outcome != "ok"],
     }

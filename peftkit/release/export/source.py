@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peftkit.backbone.locate import locate, locate_again
-from peftkit.base.identity import identify
-from peftkit.base.places import remember_place
-from peftkit.base.ref import BaseSpec, LocatedBase
+from peftkit.base.ref import LocatedBase
 from peftkit.deltas.delta import Delta, Deltas, LowRank, Stacked
 from peftkit.deltas.reading.read import deltas_of
 from peftkit.deltas.spectrum import norm, truncated
-from peftkit.errors import BaseMismatch, DeltaError
+from peftkit.errors import DeltaError
 from peftkit.events import Report, silent
 from peftkit.registry.store import Registry, Version
+from peftkit.release.base_of import base_of
 from peftkit.release.export.capabilities import Features, features_of
 from peftkit.tuning.stored import Stored, read
 
@@ -53,22 +50,10 @@ def open_source(
     Raises AdapterDamaged, BaseError, BaseMismatch for another base, and DeltaError for what has no exact ΔW.
     """
     stored = read(registry.resolve(reference))
-    recorded = stored.version.manifest.base
-    known = BaseSpec(source=base) if base else locate_again(recorded.source, recorded.revision, recorded.record, cache)
-    found = locate(known, cache, report)
-    identity = identify(found.folder, cache)
-    if identity.fingerprint != recorded.fingerprint:
-        stated = {str(part): digest for part, digest in recorded.parts.items()}
-        differing = [part for part, digest in identity.parts().items() if stated.get(part) != digest]
-        raise BaseMismatch(
-            f"{stored.version.reference} was trained on {recorded.source}; {found.source} differs in: "
-            + (", ".join(differing) or "fingerprint"),
-            expected="the same base, by content",
-            hint="name the base that it was trained on with --base",
-        )
-    remember_place(identity, found.place, cache)
+    found = base_of(stored.version, cache, base, report).located
     deltas = _deltas(stored, found.folder)
-    return Source(stored, found, deltas, features_of(deltas, stored.config, recorded.quantization))
+    quantization = stored.version.manifest.base.quantization
+    return Source(stored, found, deltas, features_of(deltas, stored.config, quantization))
 
 
 def _deltas(stored: Stored, folder: Path) -> Deltas:
@@ -112,9 +97,3 @@ def with_cut(source: Source, rank: int | None) -> tuple[Source, Cut | None]:
     recorded = source.version.manifest.base
     features = features_of(cut.deltas, source.stored.config, recorded.quantization)
     return replace(source, deltas=cut.deltas, features=features), cut
-
-
-def base_of(source: Source) -> Mapping[str, str | None]:
-    """The base as a receipt names it: nothing of this machine."""
-    recorded = source.version.manifest.base
-    return {"source": recorded.source, "revision": recorded.revision, "fingerprint": recorded.fingerprint}
