@@ -3,9 +3,10 @@
     python benchmarks/combine_tasks.py --data ../shared/data/t0_tasks
 
 Rows: headlines (gigaword), sentences from given words (common_gen), multiple choice (commonsense_qa); 140 of each 200
-rows train, less those whose prompt is held out too, and 60 are held out. Every combination is measured as exact ΔW on
-the weights that training saw (NF4 dequantized, float32), so nothing is lost by a rank. Weights are 1 each (a sum) and
-1/3 each (a mean). Results go to benchmarks/results/combine_tasks.json with versions and hardware.
+rows train, less those whose prompt is held out too, and 60 are held out. Every combination is measured as ΔW on the
+weights that training saw (NF4 dequantized, float32), so nothing is lost by a rank but where `svd` cuts to one. Weights
+are 1 each (a sum) and 1/3 each (a mean); where weights are shares both are the same, and slerp takes pairs. Settings
+are each method's defaults. Results go to benchmarks/results/combine_tasks.json with versions and hardware.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations as combinations_of
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from peftkit.backbone.contain import quantized_linears
 from peftkit.backbone.load import Backbone, load_backbone
 from peftkit.backbone.quantize import dense_weight
 from peftkit.backbone.spec import QuantSpec
-from peftkit.base.dense import dense_tensors
+from peftkit.base.dense import Dense, dense_tensors
 from peftkit.base.ref import BaseSpec, longest_sequence, read_config
 from peftkit.data.audit import DataSpec, encode
 from peftkit.data.formats import load_rows
+from peftkit.deltas.combining.combine import combine
 from peftkit.deltas.combining.methods import METHODS, How
 from peftkit.deltas.combining.together import merged_deltas
 from peftkit.deltas.delta import Deltas
@@ -41,6 +43,7 @@ from peftkit.environment import environment
 from peftkit.evaluation.compare import mean_nll, paired_nll
 from peftkit.generation.forward import row_nll
 from peftkit.registry.store import Registry
+from peftkit.release.shares import share_kept
 from peftkit.tuning.stored import read
 
 RESULTS = Path(__file__).with_name("results") / "combine_tasks.json"
@@ -52,6 +55,8 @@ TASKS = {
 SETTINGS = ("train.num_train_epochs=2", "train.learning_rate=5e-4", "evaluate.max_generated_rows=0")
 MEASURED = ("evaluate.retention_passages=8", "data.accept=[leak,duplicate]")
 SUMS = {"sum": 1.0, "mean": 1 / 3}
+SHARES = ("ties", "dare_ties", "della", "knots")
+"""Methods whose result does not change when all weights are doubled."""
 
 
 def write_rows(data: Path, scratch: Path) -> None:
@@ -110,15 +115,37 @@ def merged(model: Any, deltas: Deltas) -> Iterator[Any]:
     for name, delta in deltas.changes.items():
         weight = parameters[name].data
         before[name] = weight.clone()
-        rows = weight.double().view(delta.matrix)
-        weight.copy_(delta.merged(0, delta.matrix[0], lambda first, last, rows=rows: rows[first:last]).view_as(weight))
+        matrix = weight.double().view(delta.matrix)
+
+        def rows(first: int, last: int, matrix: torch.Tensor = matrix) -> torch.Tensor:
+            return matrix[first:last]
+
+        weight.copy_(delta.prepared(rows).merged(0, delta.matrix[0], rows).view_as(weight))
     yield model
     for name, weight in before.items():
         parameters[name].data.copy_(weight)
 
 
+def combinations(parents: Sequence[Deltas], base: Mapping[str, Dense]) -> Iterator[tuple[str, Deltas]]:
+    """Every method with every weight, named."""
+    for method, entry in METHODS.items():
+        if entry.pair:
+            for pair in combinations_of(range(len(parents)), 2):
+                names = " and ".join(list(TASKS)[i] for i in pair)
+                yield f"{method}, {names}", merged_deltas([parents[i] for i in pair], [0.5, 0.5], How(method), base)
+        elif method == "svd":
+            for word, weight in SUMS.items():
+                cut = combine(parents, [weight] * 3, How(method), base, rank=16, max_residual=1)
+                yield f"{method} at rank 16 (error {cut.residual:.0%}), {word}", cut.deltas
+        elif method in SHARES:
+            yield method, merged_deltas(parents, [1.0] * 3, How(method), base)
+        elif method != "linear":  # here the same as exact
+            for word, weight in SUMS.items():
+                yield f"{method}, {word}", merged_deltas(parents, [weight] * 3, How(method), base)
+
+
 def measure(parents: Sequence[Deltas], tasks: Mapping[str, Task], backbone: Backbone) -> Iterator[dict[str, Any]]:
-    """A line for the base, for each adapter, and for every method with every weight."""
+    """A line for the base, for each adapter, and for every combination."""
     base = dense_tensors(backbone.base.folder)
     bare = {task: rows.nll(backbone.model) for task, rows in tasks.items()}
     alone: dict[str, list[float]] = {}
@@ -130,16 +157,10 @@ def measure(parents: Sequence[Deltas], tasks: Mapping[str, Task], backbone: Back
         alone[name] = own[name][name]
     for name, nll in own.items():
         yield line(f"{name} alone", nll, bare, alone, tasks)
-    for method in METHODS:
-        if method in ("svd", "slerp"):  # `svd` is `exact` at a rank; `slerp` takes two adapters
-            continue
-        for word, weight in SUMS.items():
-            start = time.perf_counter()
-            combined = merged_deltas(parents, [weight] * 3, How(method), base)
-            with merged(backbone.model, combined) as model:
-                built = time.perf_counter() - start
-                nll = {task: rows.nll(model) for task, rows in tasks.items()}
-            yield {**line(f"{method}, {word}", nll, bare, alone, tasks), "seconds_to_combine": round(built, 1)}
+    for what, combined in combinations(parents, base):
+        with merged(backbone.model, combined) as model:
+            nll = {task: rows.nll(model) for task, rows in tasks.items()}
+        yield line(what, nll, bare, alone, tasks)
 
 
 def line(
@@ -155,8 +176,7 @@ def line(
         each: dict[str, Any] = {"answer_nll": interval(mean_nll(nll[task], rows.tokens))}
         if alone:
             each["against_its_own"] = interval(paired_nll(alone[task], nll[task], rows.tokens))
-            gained = sum(bare[task]) - sum(alone[task])
-            each["share_kept"] = round((sum(bare[task]) - sum(nll[task])) / gained, 3)
+            each["share_kept"] = interval(share_kept(bare[task], alone[task], nll[task]))
         found["tasks"][task] = each
     print(json.dumps(found), flush=True)
     return found

@@ -23,12 +23,13 @@ Target = Literal["peftkit", "peft", "vllm", "gguf", "ollama"]
 Onto = Literal["original", "dequantized"]
 # What each target has no use for: nothing is ignored.
 _USELESS = {
-    "peftkit": ("--dtype", "--rank", "--merged", "--onto", "--base"),
-    "peft": ("--license", "--merged", "--onto"),
-    "vllm": ("--license", "--merged", "--onto"),
+    "peftkit": ("--dtype", "--rank", "--merged", "--onto", "--force", "--base"),
+    "peft": ("--license", "--merged", "--onto", "--force"),
+    "vllm": ("--license", "--merged", "--onto", "--force"),
     "gguf": ("--license",),
     "ollama": ("--license",),
 }
+_DTYPES = "float32, bfloat16 or float16; also q8_0 for a model in GGUF (gguf --merged, ollama)."
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="name, name@version or name@alias; several for vllm.")]
 
 
@@ -36,10 +37,11 @@ def export_adapter(
     names: Names,
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new or empty folder.")],
     to: Annotated[Target, typer.Option("--to", help="Who reads it.")] = "peftkit",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help=_DTYPES)] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Cut larger ranks to this one by SVD.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="gguf, ollama: the whole merged model.")] = False,
     onto: Annotated[Onto | None, typer.Option("--onto", help="With --merged: original or dequantized.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --merged: write it if it loses the delta.")] = False,
     base: Base = None,
     license: License = None,
     registry: RegistryRoot = None,
@@ -50,7 +52,7 @@ def export_adapter(
     Example: peftkit export tickets sql --to vllm --out ./serving
     """
     store = open_registry(registry)
-    given = {"--dtype": dtype, "--rank": rank, "--merged": merged or None, "--onto": onto}
+    given = {"--dtype": dtype, "--rank": rank, "--merged": merged or None, "--onto": onto, "--force": force or None}
     _check_options(to, {**given, "--base": base, "--license": license})
     if to == "peftkit":
         _as_it_is(store, names, out.expanduser(), license, as_json)
@@ -58,7 +60,7 @@ def export_adapter(
     from peftkit.release.export.entry import ExportOptions, export_for
 
     cache = locations.cache_root().path
-    options = ExportOptions(dtype=dtype, rank=rank, base=base, merged=merged, onto=onto)
+    options = ExportOptions(dtype=dtype, rank=rank, base=base, merged=merged, onto=onto, force=force)
     with Reporter(as_json=as_json, warnings_only=True) as report:
         receipt = export_for(to, store, names, out.expanduser(), cache, options=options, report=report)
     show(receipt.as_record(), as_json=as_json, text=_describe(receipt))
@@ -95,8 +97,9 @@ def _describe(receipt: ExportReceipt) -> str:
         if error := each.get("error"):
             lines.append(f"  read back: ΔW differs by {render.number(error['max'])} at most ({error['tensor']})")
         if merge := each.get("merge"):
-            kept = render.number(merge["weights"]["kept"])
-            lines.append(f"  merged onto {merge['settings']['onto']}: {kept} of ΔW is kept, in the merged weights")
+            written = each["written"]
+            kept = ", ".join(f"{name}: {render.number(figures['kept'])}" for name, figures in written["groups"].items())
+            lines.append(f"  merged onto {merge['settings']['onto']}; kept of ΔW in the file: {kept}")
         if cut := each.get("cut"):
             lines.append(f"  cut to rank {cut['rank']}: {render.number(cut['error'])} of ‖ΔW‖ is lost")
     lines += [f"  {path}" for path in receipt.files]

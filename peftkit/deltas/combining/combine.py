@@ -12,7 +12,7 @@ import torch
 
 from peftkit.base.dense import Dense
 from peftkit.deltas.combining.dense_time import dense_time
-from peftkit.deltas.combining.lineup import Block, Lineup, Part, Tensor, Untouched, line_up, turned
+from peftkit.deltas.combining.lineup import Block, Lineup, Part, Tensor, Untouched, line_up
 from peftkit.deltas.combining.methods import How
 from peftkit.deltas.delta import Added, Delta, Deltas, LowRank, Place, Rows, Stacked
 from peftkit.deltas.spectrum import dense_svd, relative, svd
@@ -175,16 +175,10 @@ def _combined(tensor: Tensor, how: How, rank: int | None, base: Rows) -> tuple[D
 
 def _factored(tensor: Tensor, block: Block, how: How, rank: int | None, base: Rows) -> tuple[LowRank, torch.Tensor]:
     """(factors of the result, its singular values): from the parts' factors where that is possible."""
-    factors = tensor.factors(block) if how.entry.factored else None
-    if factors is None or how.entry.factored is None:
-        found = dense_svd(tensor.combined(block, how, base))
-    else:
-        result = how.entry.factored(factors, tensor.weights, how.values)
-        result = turned(result) if tensor.inputs_first else result
-        result = LowRank(block.shape, result.left, result.right, result.scale)
-        found = svd(result)
-        if rank is None:
-            return result, found.values
+    result = tensor.factored(block, how)
+    if result is not None and rank is None:
+        return result, svd(result).values
+    found = dense_svd(tensor.combined(block, how, base)) if result is None else svd(result)
     root = found.values[:rank].sqrt()
     return LowRank(block.shape, found.left[:, :rank] * root, found.right[:rank] * root[:, None]), found.values
 

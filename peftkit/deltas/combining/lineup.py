@@ -90,6 +90,15 @@ class Tensor:
             found.append(part.delta if isinstance(part.delta, LowRank) else part.delta.blocks[block.index])
         return [turned(delta) for delta in found] if self.inputs_first else found
 
+    def factored(self, block: Block, how: How) -> LowRank | None:
+        """The method's result from the parts' factors, in the file's orientation; None where it needs the entries."""
+        factors = self.factors(block) if how.entry.factored else None
+        if factors is None or how.entry.factored is None:
+            return None
+        result = how.entry.factored(factors, self.weights, how.values)
+        result = turned(result) if self.inputs_first else result
+        return LowRank(block.shape, result.left, result.right, result.scale)
+
     def combined(self, block: Block, how: How, base: Rows) -> torch.Tensor:
         """The method's result on the dense ΔWs: float64, rows and columns of the block as the file has them."""
         matrices = [self.change(part, block.first, block.last, base) for part in self.parts]

@@ -11,7 +11,7 @@ import torch
 from peftkit.base.dense import Dense
 from peftkit.deltas.combining.lineup import Tensor, line_up
 from peftkit.deltas.combining.methods import How
-from peftkit.deltas.delta import Additive, Delta, Deltas, Rows
+from peftkit.deltas.delta import Additive, Delta, Deltas, Rows, Stacked
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,12 @@ class Together(Delta):
         return self._whole(base)[first:last]
 
     def prepared(self, base: Rows) -> Delta:
-        """The result as numbers, unless it is a sum."""
+        """From the parts' factors where the method has a way, else as numbers unless it is a sum."""
+        blocks = [self.tensor.factored(block, self.how) for block in self.tensor.blocks]
+        factors = [block for block in blocks if block is not None]
+        if len(factors) == len(blocks):
+            whole = Stacked(self.shape, tuple(factors)) if self.tensor.fused else factors[0]
+            return whole.prepared(base)
         return self if self.how.entry.additive else Computed(self.shape, self._whole(base))
 
     def _whole(self, base: Rows) -> torch.Tensor:

@@ -17,6 +17,7 @@ from peftkit.release.export import llama_cpp
 from peftkit.release.export.capabilities import Finding, check, refuse, say
 from peftkit.release.export.capability_table import RANKS, Engine
 from peftkit.release.export.peft import Canonical, canonical, write_canonical
+from peftkit.release.export.receipt import write_receipt
 from peftkit.release.export.source import Cut, Source, cut_to, open_source, with_cut
 from peftkit.release.export.vllm import served_names, write_serving
 
@@ -26,7 +27,7 @@ class ExportOptions:
     """How to write: all have a default that loses nothing."""
 
     dtype: str | None = None
-    """float32, bfloat16 or float16; None keeps what the canonical factors have."""
+    """float32, bfloat16, float16, or q8_0 for a model in GGUF; None keeps what the canonical factors have."""
     rank: int | None = None
     """Cut larger ranks to this one by SVD."""
     base: str | None = None
@@ -35,6 +36,8 @@ class ExportOptions:
     """For gguf and ollama: the whole merged model instead of the adapter."""
     onto: Onto | None = None
     """Onto which weights to merge; None is `original`, unless the adapter was trained over a quantized base."""
+    force: bool = False
+    """Write a merged model that keeps less than 90 % of the delta too."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ def _check_options(engine: str, options: ExportOptions) -> None:
         raise DeltaError("a rank for a merged model", expected="a rank with an adapter", hint="leave --rank out")
     if options.onto is not None and not options.merged:
         raise DeltaError(f"onto {options.onto} without a merge", expected="both", hint="add --merged")
+    if options.force and not options.merged:
+        raise DeltaError("force without a merge", expected="both", hint="add --merged, or leave --force out")
 
 
 def _checked(
@@ -192,29 +197,33 @@ def _vllm(job: Job, folder: Path) -> ExportReceipt:
 def _gguf(job: Job, folder: Path) -> ExportReceipt:
     """One GGUF file: the adapter, or the merged model."""
     merged = job.options.merged
-    receipt = _merged_gguf(job, folder) if merged else _lora_gguf(job, folder, job.options.dtype)
+    figures = _merged_gguf(job, folder) if merged else _lora_gguf(job, folder, job.options.dtype)
     models = [llama_cpp.MODEL] if merged else ["BASE.gguf", "--lora", llama_cpp.ADAPTER]
-    return ExportReceipt(
-        "gguf", folder, (), {job.sources[0].version.name: receipt}, ("llama-server", "--jinja", "-m", *models)
-    )
+    return _received(job, folder, figures, ["llama-server", "--jinja", "-m", *models])
 
 
 def _ollama(job: Job, folder: Path) -> ExportReceipt:
     """A Modelfile, and beside it the merged model, or the adapter and its base; the dtype is the model's."""
     source, dtype = job.sources[0], job.options.dtype
     if job.options.merged:
-        receipt = _merged_gguf(job, folder)
+        figures, notes = _merged_gguf(job, folder), []
     else:
-        receipt = _lora_gguf(job, folder, None)
-        llama_cpp.write_over_base(source, folder, job.cache, dtype=dtype, report=job.report)
-    command = llama_cpp.write_for_ollama(source, folder)
-    return ExportReceipt("ollama", folder, (), {source.version.name: receipt}, tuple(command))
+        figures = _lora_gguf(job, folder, None)
+        notes = llama_cpp.write_over_base(source, folder, job.cache, dtype=dtype, report=job.report)
+    command, more = llama_cpp.write_for_ollama(source, folder)
+    return _received(job, folder, figures | {"notes": [*figures["notes"], *notes, *more]}, command)
+
+
+def _received(job: Job, folder: Path, figures: dict[str, Any], command: Sequence[str]) -> ExportReceipt:
+    source = job.sources[0]
+    receipt = write_receipt(source, job.engine, job.findings[0], folder, figures)
+    return ExportReceipt(job.engine, folder, (), {source.version.name: receipt}, tuple(command))
 
 
 def _lora_gguf(job: Job, folder: Path, dtype: str | None) -> dict[str, Any]:
     source, original = job.sources[0], job.originals[0]
     return llama_cpp.write_adapter(
-        source, original, folder, job.engine, job.findings[0], cut=job.cuts[0], dtype=dtype, report=job.report
+        source, original, folder, job.findings[0], cut=job.cuts[0], dtype=dtype, report=job.report
     )
 
 
@@ -230,11 +239,10 @@ def _merged_gguf(job: Job, folder: Path) -> dict[str, Any]:
     return llama_cpp.write_merged(
         source,
         folder,
-        job.engine,
-        job.findings[0],
         onto or "original",
         job.cache,
         dtype=options.dtype,
+        force=options.force,
         report=job.report,
     )
 

@@ -26,6 +26,7 @@ from peftkit.release.export.gguf_tokenizer import add_tokenizer, pre_tokenizer
 _STEP = 1 << 21
 """Numbers of a tensor that are in memory at once."""
 _ROPE_FACTORS = "rope_freqs.weight"
+_VOCABULARY = {"token_embd.weight", "output.weight"}
 
 
 def write_model_gguf(
@@ -41,7 +42,8 @@ def write_model_gguf(
 
     Matrices are stored as `dtype`, vectors as float32. With `like`, the base's own GGUF file, metadata and tokenizer
     are copied from it; only the name of the pre-tokenizer follows the folder's tokenizer.json where llama.cpp knows it,
-    for that is what the adapter was trained with. Raises DeltaError, before anything is written, for architectures,
+    for that is what the adapter was trained with. `like` is left out, with a note, when the model has more or fewer
+    tokens. Raises DeltaError, before anything is written, for architectures,
     settings and tokenizers that are not tested or that llama.cpp would compute differently.
     """
     check_dtype(dtype)
@@ -50,7 +52,7 @@ def write_model_gguf(
     plan = layout(config)
     tensors = [*_tensors(folder, plan, dtype), *_rope_tensor(config, plan)]
     notes: list[str] = []
-    donor = _donor(like, plan, tensors) if like is not None else None
+    donor = _donor(like, plan, tensors, notes) if like is not None else None
     pre = _pre_of_donor(donor, folder, notes) if donor is not None else None
 
     def describe(writer: gguf.GGUFWriter) -> None:
@@ -110,8 +112,11 @@ def _rows(tensors: list[Tensor]) -> int:
     return found[0]
 
 
-def _donor(like: Path, plan: Layout, tensors: list[Tensor]) -> Any:
-    """The base's own file, after a check that it is a file of this architecture with these tensors."""
+def _donor(like: Path, plan: Layout, tensors: list[Tensor], notes: list[str]) -> Any:
+    """The base's own file, after a check that it is a file of this architecture with these tensors.
+
+    None, with a note, when only the number of tokens differs: its list of tokens is not the model's then.
+    """
     reader = gguf.GGUFReader(like)
     arch = reader.fields["general.architecture"].contents()
     theirs = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
@@ -119,6 +124,13 @@ def _donor(like: Path, plan: Layout, tensors: list[Tensor]) -> Any:
     wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if "output.weight" not in theirs:  # a merge may part the head of a tied base from its embedding
         wrong = [name for name in wrong if name != "output.weight"]
+    if arch == plan.family.arch and wrong and _VOCABULARY.issuperset(wrong) and _same_width(ours, theirs, wrong):
+        rows = ours[wrong[0]][0]
+        notes.append(
+            f"the model has {rows} rows of tokens, the base's GGUF {theirs[wrong[0]][0]}: metadata and tokenizer come "
+            "from the model's folder instead"
+        )
+        return None
     if arch != plan.family.arch or wrong:
         where = wrong[0] if wrong else "general.architecture"
         raise DeltaError(
@@ -127,6 +139,10 @@ def _donor(like: Path, plan: Layout, tensors: list[Tensor]) -> Any:
             hint="leave the base's GGUF out, so that the metadata comes from the folder",
         )
     return reader
+
+
+def _same_width(ours: Mapping[str, Any], theirs: Mapping[str, Any], names: list[str]) -> bool:
+    return all(name in ours and name in theirs and ours[name][1:] == theirs[name][1:] for name in names)
 
 
 def _pre_of_donor(donor: Any, folder: Path, notes: list[str]) -> str | None:

@@ -28,6 +28,7 @@ _CONTENTS = (
     ("braces and marks", '{{ .Role }} {% if %} "quoted" \\n', "</s> <b> {{- end }}", "}} `{{`"),
     ("other scripts", "Grüße, 東京 – مرحبا 🙂", "naïve café 🧪", "e\u0301 \u200b?"),
 )
+NOT_RUN = "Rendered by peftkit's interpreter, which was checked against Go's text/template; not run in Ollama."
 _SYSTEM = {"plain": "Answer in one word.", "lines and spaces": "Be\n\n  brief.", "padded": " \n Be kind. \n"}
 
 
@@ -49,6 +50,11 @@ class Modelfile:
     path: Path
     template: Template
     stops: tuple[str, ...]
+
+    @property
+    def notes(self) -> list[str]:
+        """What was checked, and what was not."""
+        return [*self.template.notes, _compared(self.template), NOT_RUN]
 
 
 def write_modelfile(out: Path, model: Path, tokenizer_folder: Path, *, adapter: Path | None = None) -> Modelfile:
@@ -175,15 +181,16 @@ def _notes(tokenizer: Tokenizer, turns: Turns, trimmed: frozenset[str]) -> list[
     return notes
 
 
+def _compared(template: Template) -> str:
+    return f"Token ids compared with the base's chat template: {template.conversations} conversations, all equal."
+
+
 def _text(out: Path, model: Path, adapter: Path | None, template: Template, stops: tuple[str, ...]) -> str:
     quotes = '"""'
     for text in (template.go, *stops, str(model), str(adapter)):
         if quotes in text or any(ord(character) < 32 and character not in "\n\t" for character in text):
             raise DeltaError(f"a Modelfile cannot hold {text!r}", expected="no triple quotes or control characters")
-    lines = [f"# {note}" for note in template.notes]
-    lines.append(
-        f"# Token ids compared with the base's chat template: {template.conversations} conversations, all equal."
-    )
+    lines = [f"# {note}" for note in (*template.notes, _compared(template), NOT_RUN)]
     lines.append(f"FROM {_beside(model, out)}")
     if adapter is not None:
         lines.append(f"ADAPTER {_beside(adapter, out)}")

@@ -5,7 +5,6 @@ rsLoRA, patterns and mixed ranks are gone, ΔW is the same; a receipt beside it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from peftkit import durable
 from peftkit.base.dense import dense_tensors
 from peftkit.base.ref import read_config
 from peftkit.canonical import strict_json
@@ -25,10 +23,10 @@ from peftkit.deltas.reading.read import read_deltas
 from peftkit.deltas.spectrum import norm, relative, stacked
 from peftkit.errors import DeltaError
 from peftkit.release.export.capabilities import Finding
+from peftkit.release.export.receipt import adapter_figures, spelled, write_own, write_receipt
 from peftkit.release.export.source import Cut, Source
-from peftkit.version import __version__
 
-CONFIG, TENSORS, RECEIPT = "adapter_config.json", "adapter_model.safetensors", "peftkit_export.json"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,11 +71,10 @@ def canonical(source: Source, original: Deltas, cut: Cut | None = None, dtype: s
 def write_canonical(made: Canonical, folder: Path, engine: str, findings: Sequence[Finding]) -> dict[str, Any]:
     """Write the files into the new folder `folder`, read them back, and write the receipt that is returned."""
     folder.mkdir(parents=True)
-    _write(folder / CONFIG, _json(made.config))
-    _write(folder / TENSORS, save({name: each.contiguous() for name, each in made.tensors.items()}))
-    receipt = _receipt(made, folder, engine, findings)
-    _write(folder / RECEIPT, _json(receipt))
-    return receipt
+    write_own(folder / CONFIG, spelled(made.config))
+    write_own(folder / TENSORS, save({name: each.contiguous() for name, each in made.tensors.items()}))
+    figures = adapter_figures(findings, errors_of(made, folder), made.rank, made.cut)
+    return write_receipt(made.source, engine, findings, folder, figures)
 
 
 def errors_of(made: Canonical, folder: Path) -> dict[str, float]:
@@ -109,55 +106,3 @@ def _error(original: Deltas, written: Deltas, tensor: str) -> float:
 
 def _difference(one: LowRank, other: LowRank) -> LowRank:
     return stacked([one, other], [1.0, -1.0])
-
-
-def _receipt(made: Canonical, folder: Path, engine: str, findings: Sequence[Finding]) -> dict[str, Any]:
-    receipt = facts_of(made.source, engine, findings, errors_of(made, folder), made.rank, made.cut)
-    receipt["output"] = {name: durable.digest_file(folder / name) for name in (CONFIG, TENSORS)}
-    return receipt
-
-
-def start_of(source: Source, engine: str, findings: Sequence[Finding]) -> dict[str, Any]:
-    """What every export's receipt says first: who reads it, and what went in."""
-    version, base = source.version, source.version.manifest.base
-    return {
-        "type": "export",
-        "engine": engine,
-        "peftkit": __version__,
-        "version": version.reference,
-        "base": {"source": base.source, "revision": base.revision, "fingerprint": base.fingerprint},
-        "input": {path: file.sha256 for path, file in sorted(version.manifest.files.items())},
-        "findings": [finding.describe() for finding in findings if finding.cell.outcome != "ok"],
-    }
-
-
-def facts_of(
-    source: Source,
-    engine: str,
-    findings: Sequence[Finding],
-    errors: Mapping[str, float],
-    rank: int,
-    cut: Cut | None,
-) -> dict[str, Any]:
-    """An adapter's receipt: what was folded or cut, and the errors that were measured on the files."""
-    worst = max(errors, key=lambda tensor: errors[tensor])
-    return start_of(source, engine, findings) | {
-        "rank": rank,
-        "folded": [finding.feature for finding in findings if finding.cell.outcome == "folded"],
-        "cut": {"rank": rank, "error": cut.error, "worst": list(cut.worst)} if cut else None,
-        "error": {
-            "what": "‖ΔW registered - ΔW written‖ / ‖ΔW registered‖ of each tensor, from the files read back",
-            "max": errors[worst],
-            "tensor": worst,
-            "tensors": dict(errors),
-        },
-    }
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False).encode() + b"\n"
-
-
-def _write(path: Path, data: bytes) -> None:
-    durable.write_file(path, data)
-    path.chmod(0o644)  # registry files never change; an exported copy belongs to the user
