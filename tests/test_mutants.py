@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -65,6 +66,13 @@ def test_every_patch_fits_changes_what_is_shipped_and_is_taken_back(tmp_path: Pa
             ast.parse(path.read_text(encoding="utf-8"), path.name)
         assert MUTANTS.plant(bug, tree, undo=True)
         assert all(path.read_bytes() == shipped[path] for path in changed), bug.name
+
+
+def test_the_kept_table_holds_every_bug() -> None:
+    kept = json.loads((ROOT / "benchmarks" / "results" / "mutants.json").read_text(encoding="utf-8"))
+    found = {line["name"]: line["bug"] for line in kept["bugs"]}
+    assert found == {bug.name: bug.bug for bug in BUGS}, "run scripts/mutants.py --json benchmarks/results/mutants.json"
+    assert kept["environment"]["torch"]
 
 
 _DRIVER = """

@@ -159,8 +159,8 @@ def exported(
 ) -> dict[str, Any]:
     """A version was written for an engine: digests of what went in and came out, and what the engine cannot hold.
 
-    `more` are the figures of that engine's format: for PEFT and vLLM the rank, what was folded, what a cut rank lost,
-    and the error of every tensor read back.
+    `more` are the figures of that engine's format: for an adapter its rank, what was folded, what a cut rank lost, and
+    the error of every tensor read back; for a merged model how it was merged, and what its file keeps of ΔW.
     """
     return {
         "type": "export",

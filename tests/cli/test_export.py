@@ -75,6 +75,8 @@ def test_refusals_are_short_and_leave_nothing(cli: Cli, imported: dict[str, str]
         (("lamps", "doors"), "--to vllm takes several"),
         (("lamps", "--dtype", "float16"), "--dtype means nothing with --to peftkit"),
         (("lamps", "--to", "peft", "--merged", "--license", "mit"), "--license, --merged means nothing with --to peft"),
+        (("lamps", "--to", "vllm", "--force"), "--force means nothing with --to vllm"),
+        (("lamps", "--to", "gguf", "--force"), "leave --force out"),
         (("lamps", "--to", "gguf", "--onto", "original"), "add --merged"),
         (("lamps", "--to", "gguf", "--merged", "--rank", "1"), "leave --rank out"),
         (("lamps", "--to", "peft", "--dtype", "int3"), "float32 or bfloat16 or float16"),

@@ -48,6 +48,7 @@ def test_wrong_calls_are_refused_before_anything_is_read(export: Export, registr
         (DeltaError, "2 adapters for peft", "peft", ("plain", "all"), tmp_path / "a", {}),
         (DeltaError, "no adapter is named", "vllm", (), tmp_path / "a", {}),
         (DeltaError, "is named twice", "vllm", ("plain", "plain"), tmp_path / "a", {}),
+        (DeltaError, "force without a merge", "gguf", ("plain",), tmp_path / "a", {"force": True}),
         (DeltaError, "rank 0", "peft", ("plain",), tmp_path / "a", {"rank": 0}),
         (DeltaError, "dtype 'q8_0'", "gguf", ("plain",), tmp_path / "a", {"dtype": "q8_0"}),
         (RegistryError, "is not empty", "peft", ("plain",), full, {}),

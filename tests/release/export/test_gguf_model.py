@@ -146,6 +146,22 @@ def test_metadata_can_come_from_the_bases_own_file(kind: str, tmp_path: Path) ->
         write_model_gguf(tmp_path / "other", tmp_path / "x.gguf", "f32", like=base)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_another_number_of_tokens_leaves_the_bases_own_file_out(tied: bool, tmp_path: Path) -> None:
+    write_family(tmp_path / "hf", "llama", tie_word_embeddings=tied)
+    base = write_model_gguf(tmp_path / "hf", tmp_path / "base.gguf", "f16").path
+    model = write_family(tmp_path / "grown", "llama", tie_word_embeddings=tied, vocab_size=310)
+    written = write_model_gguf(tmp_path / "grown", tmp_path / "m.gguf", "f32", like=base)
+    (note,) = written.notes
+    assert "310 rows of tokens, the base's GGUF 300" in note
+    np.testing.assert_allclose(loaded(written.path), logits(model), atol=1e-5)
+    assert len(fields(written.path)["tokenizer.ggml.tokens"]) == 310
+    assert not write_model_gguf(tmp_path / "hf", tmp_path / "same.gguf", "f32", like=base).notes
+    write_family(tmp_path / "other", "llama", tie_word_embeddings=tied, vocab_size=310, intermediate_size=64)
+    with pytest.raises(DeltaError, match="is not a file of this model"):
+        write_model_gguf(tmp_path / "other", tmp_path / "x.gguf", "f32", like=base)
+
+
 def test_a_head_parted_from_its_embedding_is_written(tmp_path: Path) -> None:
     write_family(tmp_path / "tied", "llama", tie_word_embeddings=True)
     base = write_model_gguf(tmp_path / "tied", tmp_path / "base.gguf", "f16").path

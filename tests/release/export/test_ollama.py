@@ -98,8 +98,9 @@ def test_the_modelfile(tmp_path: Path) -> None:
     written = write_modelfile(out, model, tmp_path / "hf")
     lines = out.read_text().splitlines()
     assert lines[0].startswith("# Token ids compared with the base's chat template: 21 conversations")
-    assert lines[1] == "FROM ../merged.gguf"
-    assert lines[2].startswith('TEMPLATE """{{ range $i, $m := .Messages }}')
+    assert lines[1].endswith("checked against Go's text/template; not run in Ollama.")
+    assert lines[2] == "FROM ../merged.gguf"
+    assert lines[3].startswith('TEMPLATE """{{ range $i, $m := .Messages }}')
     assert lines[-1] == 'PARAMETER stop "<|im_end|>"'
     assert written.stops == ("<|im_end|>",)
     with pytest.raises(DeltaError, match="exists"):
