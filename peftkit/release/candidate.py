@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from peftkit.data.part import Part
@@ -17,6 +16,7 @@ from peftkit.registry.manifest import Draft, Version
 from peftkit.registry.store import Registry
 from peftkit.release.gate import likelihoods
 from peftkit.release.parents import Parents
+from peftkit.release.scratch import scratch_folder
 from peftkit.tuning.attach import Attached
 
 
@@ -81,10 +81,8 @@ class Trial:
 @contextmanager
 def trial(parents: Parents, cache: Path) -> Iterator[Trial]:
     """A place for candidates below the cache."""
-    scratch = cache / "scratch"
-    scratch.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="combine-", dir=scratch) as folder:
-        yield Trial(Path(folder), parents)
+    with scratch_folder(cache / "scratch", "combine") as folder:
+        yield Trial(folder, parents)
 
 
 def scores(host: Attached, name: str | None, parts: Mapping[str, Part], batch_size: int) -> list[float]:

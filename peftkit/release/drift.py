@@ -7,7 +7,6 @@ fits once do not fit twice.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from peftkit.evaluation.compare import Interval, mean_nll, paired_nll
 from peftkit.events import Phase, Progress, Report, silent
 from peftkit.release.measured import NotMeasured, interval_record
 from peftkit.release.positions import Loaded, answers
+from peftkit.release.scratch import scratch_folder
 from peftkit.render import size
 from peftkit.training.memory import release
 
@@ -101,9 +101,8 @@ def drift(
     The file takes answer tokens × vocabulary × 4 bytes; where there is no room for it, nothing is measured. Raises
     DeltaError for vocabularies of different sizes and for logits that are not finite.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="logits-", dir=scratch) as folder:
-        run = _Passes(part, pad_id, batch_size, Path(folder) / "logits.f32", report)
+    with scratch_folder(scratch, "logits") as folder:
+        run = _Passes(part, pad_id, batch_size, folder / "logits.f32", report)
         missing = run.first(first)
         if missing is not None:
             return missing

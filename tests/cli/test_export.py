@@ -97,3 +97,26 @@ def test_a_rank_can_be_cut(cli: Cli, imported: dict[str, str]) -> None:
     assert value["versions"]["doors"]["rank"] == 8
     assert 0 < value["versions"]["doors"]["cut"]["error"] < 1
     assert value["command"][value["command"].index("--max-lora-rank") + 1] == "8"
+
+
+def test_the_help_lists_every_dtype(cli: Cli) -> None:
+    code, out, _ = cli("export", "--help")
+    assert code == 0
+    assert all(name in out for name in ("float32", "bfloat16", "float16", "q8_0", "--force"))
+
+
+def test_a_merged_model_says_what_its_file_keeps(cli: Cli, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from tiny_families import write_family
+
+    model = write_family(tmp_path / "base", "llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(model, options).save_pretrained(tmp_path / "lamps", save_embedding_layers=False)
+    reply(cli("import", str(tmp_path / "lamps"), "--base", str(tmp_path / "base"), "--json"))
+    code, out, err = cli("export", "lamps", "--to", "gguf", "--merged", "--dtype", "q8_0", "--out", "out")
+    assert code == 0, err
+    (line,) = (line for line in out.splitlines() if "merged onto original" in line)
+    assert "kept of ΔW in the file: LoRA in q8_0: " in line
