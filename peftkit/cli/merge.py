@@ -72,6 +72,7 @@ def merge(
         if dry_run:
             plan, decided = plan_adapters(store, order, target, cache=cache, report=report)
             show(_plan_record(plan, decided), as_json=as_json, text=_plan_text(plan, onto))
+            plan.check_room()
             return
         judging = Judging(parse_rows(rows or [], [name for name, _ in weighted]), seed=seed)
         receipt = merge_adapters(
@@ -88,7 +89,7 @@ def merge(
 
 
 def _plan_record(plan: Any, settings: Any) -> dict[str, Any]:
-    names = ("tensors", "files", "bytes_out", "peak_memory", "disk_needed", "disk_free")
+    names = ("tensors", "files", "bytes_out", "peak_memory", "memory_free", "disk_needed", "disk_free")
     return {"changed": list(plan.changed), **{name: getattr(plan, name) for name in names}} | {
         "settings": settings.model_dump()
     }
@@ -97,9 +98,9 @@ def _plan_record(plan: Any, settings: Any) -> dict[str, Any]:
 def _plan_text(plan: Any, onto: str | None) -> str:
     facts = [
         ("  onto", onto or "open: --onto original or --onto dequantized, where the adapter was trained in few bits"),
-        ("  tensors", f"{len(plan.changed)} of {plan.tensors} are changed"),
+        ("  tensors", f"{len(plan.changed)} of {plan.tensors} are changed: {', '.join(plan.changed[:3])} …"),
         ("  files", f"{len(plan.files)}, {render.size(plan.bytes_out)}"),
-        ("  memory", f"{render.size(plan.peak_memory)} above the program's own"),
+        ("  memory", f"{render.size(plan.peak_memory)} above the program's own, {render.size(plan.memory_free)} free"),
         ("  disk", f"{render.size(plan.disk_needed)} needed, {render.size(plan.disk_free)} free"),
     ]
     return "nothing was written (--dry-run)\n" + render.facts(facts)

@@ -66,9 +66,12 @@ def parse_rows(arguments: Sequence[str], names: Sequence[str]) -> Mapping[str, P
 def parse_weighted(arguments: Sequence[str]) -> list[tuple[str, float]]:
     """(reference, weight) of each argument `NAME[:WEIGHT]`; the weight is 1 where none is given.
 
-    Raises DeltaError for an empty name or weight, and for a weight that is no finite number.
+    Raises DeltaError for an empty name or weight, a weight that is no finite number, and weights that are all 0.
     """
-    return [_parse(argument) for argument in arguments]
+    found = [_parse(argument) for argument in arguments]
+    if found and not any(weight for _, weight in found):
+        raise DeltaError(f"all weights of {', '.join(arguments)} are 0", expected="one weight that is not 0")
+    return found
 
 
 def _parse(argument: str) -> tuple[str, float]:

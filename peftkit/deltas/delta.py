@@ -52,6 +52,11 @@ class Delta(ABC):
         """The same delta, with what every piece of its rows would compute again computed once."""
         return self
 
+    @property
+    def working_bytes(self) -> int:
+        """What `prepared` holds at once, beside factors: nothing, unless it needs every entry of the tensor."""
+        return 0
+
     def dense(self, base: Rows) -> torch.Tensor:
         """ΔW as a whole, of shape `matrix`."""
         return self.change(0, self.matrix[0], base)

@@ -26,6 +26,7 @@ from peftkit.deltas.merging.product import Product, Rounded
 from peftkit.deltas.merging.receipt import FILE, MergeReceipt, Provenance, digest_of
 from peftkit.deltas.merging.requantized import Requantized
 from peftkit.deltas.merging.settings import MergeSettings
+from peftkit.deltas.merging.weight import Unwritable
 from peftkit.deltas.merging.work import Task, products, written_config
 from peftkit.durable import digest_file
 from peftkit.environment import versions
@@ -85,7 +86,11 @@ def merge(
         journal = Journal(building.journal, _inputs(facts, added, task))
         begun = starts(model.shards, building, journal, report)
         model.plan(building).check_room()
-        lines, digests = write_shards(model.shards, model.made, begun, building, journal, report)
+        try:
+            lines, digests = write_shards(model.shards, model.made, begun, building, journal, report)
+        except Unwritable:
+            building.drop()
+            raise
         kept, forms = model.kept(lines), model.forms()
         receipt = MergeReceipt(facts, added, origin, settings, trained_on, _versions(), kept, forms)
         receipt.check_or(building.drop)

@@ -49,21 +49,18 @@ def not_finite(values: torch.Tensor) -> int:
 
 
 def _bfloat16(values: torch.Tensor, single: torch.Tensor) -> torch.Tensor:
-    """By way of float32, mended where that fell on the middle between two bfloat16 numbers.
+    """By way of float32, moved off the middle between two bfloat16 numbers where it fell on one that `values` is not.
 
     Rounding never swaps two numbers, so elsewhere both are on the same side of every middle: all middles are float32
-    numbers, whose lower half is 0x8000, among the subnormal ones too.
+    numbers, whose lower half is 0x8000, among the subnormal ones too. The next float32 number has the next bits.
     """
-    values = values.contiguous()
-    found = single.copy_(values).to(torch.bfloat16)
-    near = single.numpy().reshape(-1)
-    middle = np.flatnonzero(near.view(np.uint16)[0::2] == 0x8000)
+    near = single.copy_(values).numpy().reshape(-1)
+    bits = near.view(np.int32)
+    middle = np.flatnonzero(bits << 16 == -1 << 31)  # three times as fast as a look at every second uint16
     if middle.size:
-        true, tie = np.abs(values.numpy().reshape(-1)[middle]), np.abs(near[middle].astype(np.float64))
-        inner = (near[middle].view(np.uint32) >> 16).astype(np.uint16)
-        bits = found.view(torch.int16).numpy().reshape(-1).view(np.uint16)
-        bits[middle] = np.where(true > tie, inner + 1, np.where(true < tie, inner, bits[middle]))
-    return found
+        true, tie = np.abs(values.reshape(-1).numpy()[middle]), np.abs(near[middle])
+        bits[middle] += (true > tie).astype(np.int32) - (true < tie)
+    return single.to(torch.bfloat16)
 
 
 def _odd(values: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 
 from peftkit.deltas.combining.combine import Combined, combine
 from peftkit.deltas.combining.methods import How
+from peftkit.deltas.delta import LowRank
+from peftkit.deltas.spectrum import norm
 from peftkit.errors import DeltaError
-from peftkit.events import Note, Report, silent
+from peftkit.events import Note, Report, Warned, silent
 from peftkit.registry import receipts
+from peftkit.registry.layout import check_alias, check_name
 from peftkit.registry.manifest import Draft, Version
 from peftkit.registry.store import Registry
 from peftkit.release.candidate import draft_of, scores, trial, write_payload
@@ -89,9 +93,10 @@ def combine_adapters(
     DeltaError for what cannot be combined, for missing rows that gate or search need, and for a failed gate.
     """
     judging = judging or Judging()
-    if keep is not None:
-        check_keep(keep.keep)
+    _check_asked(save_as, aliases, keep, search, judging)
     parents = open_parents(registry, [reference for reference, _ in weighted], cache, base=base, report=report)
+    if save_as in {version.name for version in parents.versions}:
+        report(Warned(f"{save_as} is one of the adapters that are combined: its `latest` will be the combination"))
     bench = _Bench([name for name, _ in weighted], parents, how, rank, max_residual, cache, judging, report)
     weights = [weight for _, weight in weighted]
     rows = bench.rows(runs) if keep or search else {}
@@ -100,10 +105,45 @@ def combine_adapters(
     if searched is not None:
         weights = list(searched.best.weights)
     combined = bench.combined(weights)
+    _check_left(combined, parents)
     found = bench.gate(combined, judged, keep) if keep else None
     version = _publish(registry, save_as, parents, combined, found, searched, aliases)
     report(Note(f"{version.reference}: {how.method} of {len(weights)} adapters"))
     return Outcome(version, combined, found, searched)
+
+
+def _check_asked(
+    name: str, aliases: Sequence[str], keep: GateSettings | None, search: SearchSettings | None, judging: Judging
+) -> None:
+    """Refuse, before anything is computed, what would be refused at the end."""
+    check_name(name)
+    for alias in aliases:
+        check_alias(alias)
+    if keep is not None:
+        check_keep(keep.keep)
+    if judging.rows and keep is None and search is None:
+        raise DeltaError(
+            f"rows are given for {', '.join(judging.rows)}, and nothing is measured on them",
+            expected="rows with a gate or a search",
+            hint="add --gate 0.9 or --search 20, or leave --rows out",
+        )
+
+
+def _check_left(combined: Combined, parents: Parents) -> None:
+    """Raise DeltaError when the adapters cancel one another, so that the result would do nothing."""
+    weights = [weight for _, weight in combined.parents]
+    sizes = [
+        weight * norm(delta)
+        for weight, parent in zip(weights, parents.deltas, strict=True)
+        for delta in parent.changes.values()
+        if isinstance(delta, LowRank)
+    ]
+    if combined.norm <= 1e-9 * math.hypot(*sizes):
+        raise DeltaError(
+            f"{', '.join(f'{reference}:{weight:g}' for reference, weight in combined.parents)} cancel: nothing is left",
+            expected="adapters and weights whose ΔW differs from 0",
+            hint="peftkit preview shows what cancels",
+        )
 
 
 class _Bench:
@@ -202,9 +242,17 @@ class _Bench:
                 f"{len(found.failed)} of {len(found.tasks)} tasks do not pass the gate, so nothing is registered:"
                 + found.describe(),
                 expected=f"every task measured, and the lower end of what it keeps at {settings.keep:.0%} or more",
-                hint="try other weights (--search), another method or a higher rank; or lower --gate",
+                hint=_mended(found),
             )
         return found
+
+
+def _mended(found: GateResult) -> str:
+    """What helps: rows where something was not measured, else another combination."""
+    missing = [task for task in found.tasks.values() if isinstance(task, NotMeasured)]
+    hints = dict.fromkeys(task.hint for task in missing if task.hint)
+    other = ["try other weights (--search), another method or a higher rank; or lower --gate"]
+    return "; ".join([*hints, *(other if len(missing) < len(found.failed) else [])]) or other[0]
 
 
 def _divided(rows: Mapping[str, HeldOut], searched: bool) -> tuple[Mapping[str, HeldOut], Mapping[str, HeldOut]]:

@@ -13,6 +13,7 @@ from peftkit.deltas.delta import Deltas
 from peftkit.deltas.merge import MergePlan, MergeReceipt, MergeSettings, Provenance, merge, plan_merge
 from peftkit.errors import DeltaError
 from peftkit.events import Decision, Report, silent
+from peftkit.registry.exchange.export import check_target
 from peftkit.registry.store import Registry
 from peftkit.release.combine import Judging
 from peftkit.release.examine import Examiner, counterpart
@@ -64,6 +65,7 @@ def plan_adapters(
 
     Where `onto` is open, the figures are those of `original`.
     """
+    _check_asked(registry, order, out)
     parents = open_parents(registry, order.names, cache, base=order.base, report=report)
     settings = MergeSettings(onto=order.onto or "original", **order.written)
     trained_on = parents.quantization
@@ -87,8 +89,7 @@ def merge_adapters(
     delta is kept or the NLL is worse beyond its interval (unless forced), and with `gate` when an adapter's rows could
     not be measured.
     """
-    if order.gate and order.force:
-        raise DeltaError("--gate and --force contradict one another", expected="one of the two")
+    _check_asked(registry, order, out)
     judging = judging or Judging()
     parents = open_parents(registry, order.names, cache, base=order.base, report=report)
     rows = rows_by_version(judging.rows, order.names, parents.versions, runs)
@@ -109,6 +110,19 @@ def merge_adapters(
             cache=cache,
             examine=lambda folder: examiner.judged(folder, out, gate=order.gate, force=order.force),
             report=report,
+        )
+
+
+def _check_asked(registry: Registry, order: Order, out: Path) -> None:
+    """Refuse what contradicts itself, and a place where nothing can be published."""
+    check_target(registry, out)
+    if order.gate and order.force:
+        raise DeltaError("--gate and --force contradict one another", expected="one of the two")
+    if order.written.get("rounding") == "stochastic" and not order.written.get("quantize"):
+        raise DeltaError(
+            "--rounding stochastic is for few bits, and --quantize is not given",
+            expected="--quantize nf4, fp4 or int8 with it",
+            hint="leave --rounding out: 16 and 32 bits are rounded to the nearest",
         )
 
 

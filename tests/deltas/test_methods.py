@@ -334,7 +334,9 @@ def test_options_out_of_range_are_refused_with_the_range(name: str, options: dic
 @pytest.mark.parametrize(
     ("name", "weights", "adapters", "said"),
     [
-        ("exact", [1.0, math.nan], 2, "not a finite number"),
+        ("exact", [1.0, math.nan], 2, "cannot be a weight"),
+        ("exact", [1.0, 1e308], 2, "1e+308 cannot be a weight"),
+        ("exact", [1e-100, 1.0], 2, "1e-100 cannot be a weight"),
         ("exact", [1.0], 2, "one weight for each"),
         ("exact", [], 0, "one weight for each"),
         ("slerp", [1.0, 1.0, 1.0], 3, "takes 2 adapters"),

@@ -375,7 +375,7 @@ def test_a_tied_head_counts_where_another_adapter_unties_it() -> None:
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, math.nan), (math.inf, 1.0), ()])
 def test_weights_that_are_none(weights: tuple[float, ...]) -> None:
-    with pytest.raises(DeltaError, match="weights"):
+    with pytest.raises(DeltaError, match="weight"):
         preview(three()[:2], weights)
 
 

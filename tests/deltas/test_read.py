@@ -356,6 +356,16 @@ def test_what_has_no_exact_delta_is_refused_by_name(
         one.read(config=one.config | changed)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_tensor(value: float, adapter: Callable[[str], Adapter]) -> None:
+    one = adapter(next(iter(BY_NAME)))
+    key = sorted(one.tensors)[0]
+    broken = one.tensors[key].clone()
+    broken.view(-1)[-1] = value
+    with pytest.raises(DeltaError, match=f"NaN or infinite numbers in {re.escape(key)}"):
+        one.read(tensors=one.tensors | {key: broken})
+
+
 @pytest.mark.parametrize("name", BY_NAME)
 def test_a_tensor_too_many_or_too_few_is_refused(name: str, adapter: Callable[[str], Adapter]) -> None:
     """Nothing is passed over: neither a tensor that no reader takes nor one that a reader misses."""

@@ -15,7 +15,7 @@ from tiny_bases import write_base
 from transformers import AutoModelForCausalLM
 
 from peftkit.deltas.combining.methods import How
-from peftkit.errors import BaseMismatch, ConfigError, DeltaError
+from peftkit.errors import BaseMismatch, ConfigError, DeltaError, PeftkitError
 from peftkit.events import Event, Warned
 from peftkit.registry.manifest import Version
 from peftkit.release.combine import GateSettings, Judging, Outcome, SearchSettings, combine_adapters
@@ -254,3 +254,34 @@ def test_a_merge_of_it_asks_for_the_weights_when_one_parent_was_trained_on_few_b
     assert needs_choice(found.version)
     warning = next(event for event in told if isinstance(event, Warned))
     assert warning.text == "the adapters were trained on float32, nf4+dq weights; nf4+dq is taken for all"
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"name": "../evil"}, "evil"),
+        ({"name": "latest"}, "latest"),
+        ({"aliases": ["../x"]}, r"\.\./x"),
+        ({"judging": Judging(rows={"one": Path("x.jsonl")})}, "nothing is measured on them"),
+    ],
+)
+def test_what_would_be_refused_at_the_end_is_refused_first(pair: Any, more: dict[str, Any], said: str) -> None:
+    events: list[Event] = []
+    with pytest.raises(PeftkitError, match=said):
+        together(pair, [("one", 1.0)], report=events.append, **more)
+    assert events == []
+
+
+def test_adapters_that_cancel_are_not_registered(pair: Any) -> None:
+    with pytest.raises(DeltaError, match="cancel: nothing is left"):
+        together(pair, [("one", 1.0), ("one", -1.0)], name="nothing")
+    with pytest.raises(DeltaError, match="cancel: nothing is left"):
+        together(pair, [("one", 0.0)], name="nothing")
+    assert "nothing" not in pair.registry.names()
+
+
+def test_the_name_of_a_parent_is_warned_of(pair: Any) -> None:
+    events: list[Event] = []
+    together(pair, [("one", 1.0)], name="again")
+    together(pair, [("again", 0.5)], name="again", report=events.append)
+    assert any(isinstance(event, Warned) and "again is one of the adapters" in event.text for event in events)

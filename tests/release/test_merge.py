@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peftkit.deltas.combining.methods import How
-from peftkit.errors import DataError, DeltaError
+from peftkit.errors import DataError, DeltaError, RegistryError
 from peftkit.evaluation.compare import Interval
 from peftkit.release import examine as examine_module
 from peftkit.release.combine import Judging
@@ -160,3 +160,13 @@ def test_rows_that_cannot_be_read_are_an_error_before_anything_is_written(lab: A
     with pytest.raises(DataError, match="found an empty text"):
         judged(lab, tmp_path / "out", ("plain", 1.0), rows={"plain": broken})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_into_the_registry_is_refused(lab: Any) -> None:
+    with pytest.raises(RegistryError, match="lies inside the registry"):
+        merged(lab, lab.registry.root / "out")
+
+
+def test_stochastic_rounding_is_for_few_bits(lab: Any, tmp_path: Path) -> None:
+    with pytest.raises(DeltaError, match="--quantize is not given"):
+        merged(lab, tmp_path / "out", written={"rounding": "stochastic"})

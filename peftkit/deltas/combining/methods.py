@@ -158,6 +158,16 @@ METHODS: dict[str, Method] = {
 }
 
 
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise DeltaError for weights that are no numbers, or that float32 factors cannot hold."""
+    fine = [_SCALE.fits(weight) and (weight == 0 or 1e-6 <= abs(weight) <= 1e6) for weight in weights]
+    wrong = [f"{weight!r}" for weight, fits in zip(weights, fine, strict=True) if not fits]
+    if wrong:
+        raise DeltaError(
+            f"{', '.join(wrong)} cannot be a weight", expected="0, or a number from 1e-6 to 1e6, such as 0.5, 1 or -1"
+        )
+
+
 @dataclass(frozen=True)
 class How:
     """A method with its options. Raises DeltaError for one that does not exist, or is out of its range."""
@@ -204,9 +214,7 @@ class How:
         """Raise DeltaError unless there is one finite weight for each adapter, and as many as the method takes."""
         if not adapters or len(weights) != adapters:
             raise DeltaError(f"{len(weights)} weights for {adapters} adapters", expected="one weight for each adapter")
-        wrong = [f"{weight!r}" for weight in weights if not _SCALE.fits(weight)]
-        if wrong:
-            raise DeltaError(f"the weight {', '.join(wrong)} is not a finite number", expected="such as 0.5, 1 or -1")
+        check_weights(weights)
         if self.entry.pair and adapters != 2:
             raise DeltaError(f"{self.method} takes 2 adapters, {adapters} were given", hint="--method ties or linear")
         if self.entry.pair and (min(weights) < 0 or sum(weights) <= 0):

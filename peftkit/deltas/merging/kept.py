@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 _DIGITS = 6
@@ -28,7 +28,7 @@ class Kept:
     """‖ΔŴ − ΔW‖²."""
 
     def __add__(self, other: Kept) -> Kept:
-        return Kept(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+        return Kept(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     @property
     def share(self) -> float | None:

@@ -23,7 +23,9 @@ from peftkit.deltas.merging.workspace import WORKSPACE
 from peftkit.deltas.rounding import round_once, to_bytes
 
 STEP = 1 << 16
-"""Numbers that are computed at once: their float64 buffers stay in a core's cache."""
+"""Numbers that are computed at once: their float64 buffers stay in a core's cache. BLAS's last bit depends on it."""
+STEPS = 16
+"""Steps of one job: to read, hand over and wait for a job costs 0.1 ms besides its bytes, a step 0.35 ms."""
 COPIED = 1 << 22
 """Bytes that are copied at once."""
 
@@ -92,25 +94,37 @@ class Rounded(Product):
         delta = self.weight.prepared(source)
         rows, columns = self.weight.matrix
         step = max(STEP // max(columns, 1), 1)
-        for first in range(0, rows, step):
-            yield partial(self._piece, delta, source, first, min(first + step, rows))
+        for first in range(0, rows, STEPS * step):
+            yield partial(self._piece, delta, source, step, first, min(first + STEPS * step, rows))
 
-    def _piece(self, delta: Delta | None, source: Source, first: int, last: int) -> Piece:
-        stored = source.stored(first, last)
+    def _piece(self, delta: Delta | None, source: Source, step: int, first: int, last: int) -> Piece:
+        stored = source.stored(first, last, "stored")
+        data, kept = [], Kept()
+        for top in range(first, last, step):
+            end = min(top + step, last)
+            try:
+                found, part = self._rounded(stored[top - first : end - first], delta, source, top, end)
+            except OverflowError as lost:
+                raise self.weight.refuse(str(lost)) from None
+            data.append(to_bytes(found))
+            kept += part
+        return Piece(data, kept if delta else None)
+
+    def _rounded(
+        self, stored: torch.Tensor, delta: Delta | None, source: Source, first: int, last: int
+    ) -> tuple[torch.Tensor, Kept]:
+        """(Merged rows, what they keep), given the rows as they are stored."""
         base = WORKSPACE.take("base", stored.shape).copy_(stored)
         single = WORKSPACE.take("single", stored.shape, torch.float32)
-        try:
-            if delta is None:
-                return Piece([to_bytes(round_once(base, self.dtype, single))])
-            alone = stored if stored.dtype == self.dtype else round_once(base, self.dtype, single)
-            own = squared(base)
-            change, merged = self.weight.changed(delta, source, first, last, base)
-            found = round_once(merged, self.dtype, single)
-        except OverflowError as lost:
-            raise self.weight.refuse(str(lost)) from None
+        if delta is None:
+            return round_once(base, self.dtype, single), Kept()
+        alone = stored if stored.dtype == self.dtype else round_once(base, self.dtype, single)
+        own = squared(base)
+        change, merged = self.weight.changed(delta, source, first, last, base)
+        found = round_once(merged, self.dtype, single)
         unchanged = int(np.count_nonzero(_bits(found) == _bits(alone)))
         error = WORKSPACE.take("error", stored.shape).copy_(found).sub_(merged)
-        return Piece([to_bytes(found)], kept_of(self.weight, own, change, error, unchanged))
+        return found, kept_of(self.weight, own, change, error, unchanged)
 
 
 def _bits(values: torch.Tensor) -> Array:

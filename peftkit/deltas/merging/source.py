@@ -10,6 +10,7 @@ import torch
 from peftkit.base.dense import Dense
 from peftkit.base.raw import Stored
 from peftkit.deltas.merging.layout import TORCH
+from peftkit.deltas.merging.workspace import WORKSPACE
 from peftkit.errors import BaseError, DeltaError
 
 
@@ -33,11 +34,14 @@ class Source:
         """Of `stored`."""
         return TORCH[self._dense.dtype]
 
-    def stored(self, first: int, last: int) -> torch.Tensor:
-        """Rows in the dtype that they are stored in (dequantized ones: in the dtype they were quantized from)."""
+    def stored(self, first: int, last: int, buffer: str = "") -> torch.Tensor:
+        """Rows in the dtype that they are stored in (dequantized ones: in the dtype they were quantized from).
+
+        They may lie in the workspace's buffer of that name, if one is named.
+        """
         columns = self.matrix[1]
         end = min(last, self._rows)
-        found = self._read(min(first, end) * columns, end * columns).view(-1, columns)
+        found = self._read(min(first, end) * columns, end * columns, buffer).view(-1, columns)
         if end < last:
             found = torch.cat([found, found.new_zeros(last - max(first, end), columns)])
         return found
@@ -46,11 +50,12 @@ class Source:
         """Rows in float64."""
         return self.stored(first, last).double()
 
-    def _read(self, first: int, last: int) -> torch.Tensor:
+    def _read(self, first: int, last: int, buffer: str) -> torch.Tensor:
         dense = self._dense
         if not isinstance(dense, Stored):
             return torch.from_numpy(np.require(dense.part(first, last), requirements="W")).to(self.dtype)
-        found = torch.empty(last - first, dtype=self.dtype)
+        size = (last - first,)
+        found = WORKSPACE.take(buffer, size, self.dtype) if buffer else torch.empty(size, dtype=self.dtype)
         target = memoryview(found.view(torch.uint8).numpy())
         with open(dense.path, "rb", buffering=0) as file:
             file.seek(dense.start + first * self.dtype.itemsize)

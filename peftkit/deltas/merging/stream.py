@@ -20,8 +20,12 @@ T = TypeVar("T", bound=Product)
 
 @contextmanager
 def workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute with one thread of torch's each, so that no sum depends on how many there are."""
+    """Threads that compute with one thread of torch's each, so that no sum depends on how many there are.
+
+    So does the caller meanwhile: threads that torch would add to it wait busily, in the workers' way.
+    """
     own = torch.get_num_threads()
+    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(WORKERS, "merge", initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool

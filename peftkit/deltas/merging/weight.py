@@ -17,6 +17,10 @@ from peftkit.deltas.merging.workspace import WORKSPACE
 from peftkit.errors import DeltaError
 
 
+class Unwritable(DeltaError):
+    """Numbers that the output cannot hold: the same merge would meet them again, so nothing of it is kept."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """One tensor: base and delta."""
@@ -52,9 +56,9 @@ class Weight:
         """The delta, ready for many pieces of rows."""
         return self.delta.prepared(source.rows) if self.delta else None
 
-    def refuse(self, why: str) -> DeltaError:
+    def refuse(self, why: str) -> Unwritable:
         """The error for numbers that cannot be written."""
-        return DeltaError(
+        return Unwritable(
             f"{self.name}: {why}",
             expected="numbers that the output can hold",
             hint="choose --dtype bfloat16 or float32; if the adapter itself holds NaN, train it again",

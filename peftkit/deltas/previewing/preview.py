@@ -14,6 +14,7 @@ import torch
 
 from peftkit.deltas import spectrum
 from peftkit.deltas.combining.dense_time import dense_time
+from peftkit.deltas.combining.methods import check_weights
 from peftkit.deltas.delta import Additive, Delta, Deltas, LowRank
 from peftkit.deltas.parts import low_rank_parts, products_by_rows, side_by_side
 from peftkit.deltas.previewing import signs
@@ -58,11 +59,12 @@ def preview(
 
 
 def _check(parents: Sequence[Deltas], weights: Sequence[float]) -> None:
-    if not parents or len(parents) != len(weights) or not all(map(math.isfinite, weights)):
+    if not parents or len(parents) != len(weights):
         raise DeltaError(
             f"{len(parents)} adapters with the weights {list(weights)}",
-            expected="one adapter or more, and a finite weight for each",
+            expected="one adapter or more, and a weight for each",
         )
+    check_weights(weights)
 
 
 def _gather(name: str, parents: Sequence[Deltas], missing: list[NotShown]) -> dict[int, tuple[LowRank, ...]]:

@@ -68,6 +68,7 @@ def read_deltas(
     the dtypes they are stored in. Raises DeltaError, naming method or setting, for what has no exact ΔW, for a tensor
     that no reader knows, and for one that does not fit the base. Formulas and shapes are those of peft 0.21.2.
     """
+    _check_finite(reference, tensors)
     checkpoint = Checkpoint(reference, config, tensors, base, base_config)
     if kind == "tensors":
         read_tensors(checkpoint)
@@ -94,3 +95,19 @@ def deltas_of(stored: Stored, folder: Path) -> Deltas:
     kind: Literal["peft", "tensors"] = "peft" if manifest.kind == "peft" else "tensors"
     base, base_config = dense_tensors(folder), read_config(folder)
     return read_deltas(stored.version.reference, kind, stored.config, stored.tensors, base, base_config)
+
+
+def _check_finite(reference: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise DeltaError, naming the tensors, for NaN and infinity: nothing can be computed from them."""
+    broken = [
+        name
+        for name, tensor in sorted(tensors.items())
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise DeltaError(
+            f"{reference} holds NaN or infinite numbers in {', '.join(broken[:3])}{more}",
+            expected="finite weights",
+            hint="take an earlier version (peftkit log NAME), or train it again",
+        )

@@ -92,7 +92,7 @@ def check_target(registry: Registry, out: Path) -> None:
         raise RegistryError(
             f"{out} is not empty: it holds {', '.join(held[:5])}{' …' if len(held) > 5 else ''}",
             expected="a new or empty folder",
-            hint="choose another folder; an export never writes over files",
+            hint="choose another folder; files are never written over",
         )
     if out.resolve() == Path.cwd():
         raise RegistryError(

@@ -96,6 +96,26 @@ def test_shares_are_those_of_the_numbers_in_the_file(
     assert kept.groups.keys() == {f"LoRA in {dtype}", "values in f32"}
 
 
+def test_the_base_of_a_merge_onto_dequantized_weights_is_dequantized(tmp_path: Path) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    write_family(tmp_path / "base", "qwen2", intermediate_size=128)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    deltas, settings = adapter(base, 2e-4), MergeSettings(onto="dequantized", dtype="float32")
+    nf4 = {"bits": 4, "quant_type": "nf4", "compute_dtype": "float32"}
+    merge(tmp_path / "base", deltas, tmp_path / "merged", settings, trained_on=nf4)
+    path = write_model_gguf(tmp_path / "merged", tmp_path / "m.gguf", "bf16").path
+    kept = kept_in(path, "bf16", tmp_path / "base", deltas, settings, trained_on=nf4)
+    for name in MATRICES:
+        weight = torch.from_numpy(base[name])
+        held = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", compress_statistics=False)).float().numpy()
+        share, noise, unchanged = figures(held, dense(deltas.changes[name]), "bf16", 0.0)
+        found = kept.tensors[name]
+        assert found.share == pytest.approx(share, rel=1e-9)
+        assert found.relative_noise == pytest.approx(noise, rel=1e-6)
+        assert found.unchanged == unchanged
+
+
 def test_a_tensor_that_the_file_does_not_hold_so_is_an_error(tmp_path: Path) -> None:
     write_family(tmp_path / "base", "llama")
     base = load_file(tmp_path / "base" / "model.safetensors")

@@ -157,7 +157,7 @@ def test_another_number_of_tokens_leaves_the_bases_own_file_out(tied: bool, tmp_
     np.testing.assert_allclose(loaded(written.path), logits(model), atol=1e-5)
     assert len(fields(written.path)["tokenizer.ggml.tokens"]) == 310
     assert not write_model_gguf(tmp_path / "hf", tmp_path / "same.gguf", "f32", like=base).notes
-    write_family(tmp_path / "other", "llama", tie_word_embeddings=tied, vocab_size=310, intermediate_size=64)
+    write_family(tmp_path / "other", "llama", tie_word_embeddings=tied, vocab_size=310, num_key_value_heads=1)
     with pytest.raises(DeltaError, match="is not a file of this model"):
         write_model_gguf(tmp_path / "other", tmp_path / "x.gguf", "f32", like=base)
 
