@@ -24,8 +24,8 @@ Onto = Literal["original", "dequantized"]
 # What each target has no use for: nothing is ignored.
 _USELESS = {
     "peftkit": ("--dtype", "--rank", "--merged", "--onto", "--force", "--base"),
-    "peft": ("--license", "--merged", "--onto", "--force"),
-    "vllm": ("--license", "--merged", "--onto", "--force"),
+    "peft": ("--license", "--merged", "--onto"),
+    "vllm": ("--license", "--merged", "--onto"),
     "gguf": ("--license",),
     "ollama": ("--license",),
 }
@@ -41,7 +41,9 @@ def export_adapter(
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Cut larger ranks to this one by SVD.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="gguf, ollama: the whole merged model.")] = False,
     onto: Annotated[Onto | None, typer.Option("--onto", help="With --merged: original or dequantized.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="With --merged: write it if it loses the delta.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --merged or --rank: write it if it loses much of ΔW.")
+    ] = False,
     base: Base = None,
     license: License = None,
     registry: RegistryRoot = None,

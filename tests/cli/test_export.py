@@ -75,7 +75,7 @@ def test_refusals_are_short_and_leave_nothing(cli: Cli, imported: dict[str, str]
         (("lamps", "doors"), "--to vllm takes several"),
         (("lamps", "--dtype", "float16"), "--dtype means nothing with --to peftkit"),
         (("lamps", "--to", "peft", "--merged", "--license", "mit"), "--license, --merged means nothing with --to peft"),
-        (("lamps", "--to", "vllm", "--force"), "--force means nothing with --to vllm"),
+        (("lamps", "--to", "vllm", "--force"), "force without a merge or a rank"),
         (("lamps", "--to", "gguf", "--force"), "leave --force out"),
         (("lamps", "--to", "gguf", "--onto", "original"), "add --merged"),
         (("lamps", "--to", "gguf", "--merged", "--rank", "1"), "leave --rank out"),
@@ -93,7 +93,7 @@ def test_refusals_are_short_and_leave_nothing(cli: Cli, imported: dict[str, str]
 
 
 def test_a_rank_can_be_cut(cli: Cli, imported: dict[str, str]) -> None:
-    value = reply(cli("export", "doors", "--to", "vllm", "--rank", "8", "--out", "out", "--json"))
+    value = reply(cli("export", "doors", "--to", "vllm", "--rank", "8", "--force", "--out", "out", "--json"))
     assert value["versions"]["doors"]["rank"] == 8
     assert 0 < value["versions"]["doors"]["cut"]["error"] < 1
     assert value["command"][value["command"].index("--max-lora-rank") + 1] == "8"

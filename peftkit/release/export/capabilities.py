@@ -48,8 +48,8 @@ class Finding:
         return f"{FEATURES[self.feature]}{at}: {self.cell.outcome}: {self.engine} {self.cell.fact} ({self.cell.source})"
 
 
-def features_of(deltas: Deltas, config: Mapping[str, Any], quantization: Mapping[str, Any] | None = None) -> Features:
-    """What an adapter has: `config` is its adapter_config.json, `quantization` what its base was trained in, if any.
+def features_of(deltas: Deltas, config: Mapping[str, Any], *, quantized: bool = False) -> Features:
+    """What an adapter has: `config` is its adapter_config.json, `quantized` whether its base was held in few bits.
 
     The tensors decide; a setting is counted only where they cannot show it.
     """
@@ -71,7 +71,7 @@ def features_of(deltas: Deltas, config: Mapping[str, Any], quantization: Mapping
             found[feature] = []
     if config.get("trainable_token_indices"):
         found["token_rows"] = []
-    if quantization:
+    if quantized:
         found["quantized_base"] = []
     return Features(deltas.reference, {name: tuple(where) for name, where in found.items()}, max(ranks, default=0))
 

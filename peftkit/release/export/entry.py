@@ -20,6 +20,7 @@ from peftkit.release.export.peft import Canonical, canonical, write_canonical
 from peftkit.release.export.receipt import write_receipt
 from peftkit.release.export.source import Cut, Source, cut_to, open_source, with_cut
 from peftkit.release.export.vllm import served_names, write_serving
+from peftkit.release.recommend import needs_choice
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ExportOptions:
     onto: Onto | None = None
     """Onto which weights to merge; None is `original`, unless the adapter was trained over a quantized base."""
     force: bool = False
-    """Write a merged model that keeps less than 90 % of the delta too."""
+    """Write what keeps less than 90 % of the delta when it is merged, or loses more than 5 % to its rank, too."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,13 @@ def _check_options(engine: str, options: ExportOptions) -> None:
     if options.merged and options.rank is not None:
         raise DeltaError("a rank for a merged model", expected="a rank with an adapter", hint="leave --rank out")
     if options.onto is not None and not options.merged:
-        raise DeltaError(f"onto {options.onto} without a merge", expected="both", hint="add --merged")
-    if options.force and not options.merged:
-        raise DeltaError("force without a merge", expected="both", hint="add --merged, or leave --force out")
+        raise DeltaError(
+            f"--onto {options.onto} without --merged", expected="--onto with a merged model", hint="add --merged"
+        )
+    if options.force and not options.merged and options.rank is None:
+        raise DeltaError(
+            "force without a merge or a rank", expected="something that can lose ΔW", hint="leave --force out"
+        )
 
 
 def _checked(
@@ -145,7 +150,7 @@ def _checked(
             expected="adapters of one base",
             hint="export them one base at a time",
         )
-    cuts = [with_cut(source, options.rank) for source in whole]
+    cuts = [with_cut(source, options.rank, force=options.force) for source in whole]
     sources = tuple(source for source, _ in cuts)
     # Whole weights hold whatever the adapter does.
     findings = tuple([] if options.merged else check(engine, source.features) for source in sources)
@@ -230,11 +235,11 @@ def _lora_gguf(job: Job, folder: Path, dtype: str | None) -> dict[str, Any]:
 def _merged_gguf(job: Job, folder: Path) -> dict[str, Any]:
     source, options = job.sources[0], job.options
     onto = options.onto
-    if onto is None and source.version.manifest.base.quantization:
+    if onto is None and needs_choice(source.version):
         raise DeltaError(
             f"{source.version.reference} was trained over a quantized base, and --onto is not given",
             expected="--onto original, the base's own weights, or dequantized, those it was trained over",
-            hint=f"peftkit merge {source.version.name} --onto original --dry-run says what each would keep",
+            hint=f"peftkit merge {source.version.name} --out FOLDER measures both on held-out rows",
         )
     return llama_cpp.write_merged(
         source,

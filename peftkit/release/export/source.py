@@ -15,6 +15,7 @@ from peftkit.events import Report, silent
 from peftkit.registry.store import Registry, Version
 from peftkit.release.base_of import base_of
 from peftkit.release.export.capabilities import Features, features_of
+from peftkit.release.recommend import needs_choice
 from peftkit.tuning.stored import Stored, read
 
 
@@ -31,6 +32,10 @@ class Source:
     def version(self) -> Version:
         """The registered version."""
         return self.stored.version
+
+
+MOST_LOST = 0.05
+"""‖ΔW − cut‖ / ‖ΔW‖ that a smaller rank may cost unasked, as in combining."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ def open_source(
     stored = read(registry.resolve(reference))
     found = base_of(stored.version, cache, base, report).located
     deltas = _deltas(stored, found.folder)
-    quantization = stored.version.manifest.base.quantization
-    return Source(stored, found, deltas, features_of(deltas, stored.config, quantization))
+    quantized = needs_choice(stored.version)
+    return Source(stored, found, deltas, features_of(deltas, stored.config, quantized=quantized))
 
 
 def _deltas(stored: Stored, folder: Path) -> Deltas:
@@ -89,11 +94,19 @@ def cut_to(source: Source, rank: int) -> Cut:
     return Cut(replace(source.deltas, changes=changes), math.sqrt(lost / whole) if whole else 0.0, worst)
 
 
-def with_cut(source: Source, rank: int | None) -> tuple[Source, Cut | None]:
-    """The source with ranks cut to `rank`, where one is given."""
+def with_cut(source: Source, rank: int | None, *, force: bool = False) -> tuple[Source, Cut | None]:
+    """The source with ranks cut to `rank`, where one is given; more than 5 % lost is a DeltaError unless forced."""
     if rank is None:
         return source, None
     cut = cut_to(source, rank)
-    recorded = source.version.manifest.base
-    features = features_of(cut.deltas, source.stored.config, recorded.quantization)
+    if cut.error > MOST_LOST and not force:
+        tensor, error = cut.worst
+        raise DeltaError(
+            f"at rank {rank}, {cut.error:.1%} of ‖ΔW‖ of {source.version.reference} is lost; "
+            f"most in {tensor}: {error:.1%}",
+            expected=f"at most {MOST_LOST:.0%}",
+            hint="a higher --rank, or --force to write it all the same",
+        )
+    quantized = needs_choice(source.version)
+    features = features_of(cut.deltas, source.stored.config, quantized=quantized)
     return replace(source, deltas=cut.deltas, features=features), cut

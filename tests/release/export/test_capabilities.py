@@ -100,7 +100,7 @@ def test_an_adapter_trained_over_a_quantized_base_is_exported_with_a_warning() -
 
     delta = LowRank((4, 3), torch.ones(4, 600), torch.ones(600, 3))
     deltas = Deltas("a@1", {"q.weight": delta}, {"q.weight": Place("q", "linear")})
-    features = features_of(deltas, {"peft_type": "LORA"}, {"label": "nf4"})
+    features = features_of(deltas, {"peft_type": "LORA"}, quantized=True)
     events: list[Event] = []
     say(check("gguf", features), events.append)
     assert [type(event) for event in events] == [Warned]
