@@ -1,4 +1,4 @@
-"""Fine-tune large language models on one consumer GPU; keep, compare and swap the adapters.
+"""Fine-tune large language models on one consumer GPU; keep, compare, swap, combine and merge the adapters.
 
 Names are imported on first use: `import peftkit` and `peftkit --help` load neither torch nor transformers.
 """
@@ -16,7 +16,9 @@ _PUBLIC = {
     "BaseSpec": "peftkit.base.ref",
     "DataSpec": "peftkit.data.audit",
     "EvaluateSpec": "peftkit.evaluation.spec",
+    "How": "peftkit.deltas.combining.methods",
     "MEMORY_PRESETS": "peftkit.training.spec",
+    "Order": "peftkit.release.merge",
     "PeftkitError": "peftkit.errors",
     "QuantSpec": "peftkit.backbone.spec",
     "Registry": "peftkit.registry.store",
@@ -24,8 +26,11 @@ _PUBLIC = {
     "Spec": "peftkit.config",
     "TrainSpec": "peftkit.training.spec",
     "attach": "peftkit.tuning.attach",
+    "combine_adapters": "peftkit.release.combine",
+    "export_for": "peftkit.release.export.entry",
     "inject": "peftkit.tuning.inject",
     "load_backbone": "peftkit.backbone.load",
+    "merge_adapters": "peftkit.release.merge",
     "run_recipe": "peftkit.cli.main",
 }
 
@@ -38,10 +43,14 @@ if TYPE_CHECKING:
     from peftkit.cli.main import run_recipe
     from peftkit.config import Spec
     from peftkit.data.audit import DataSpec
+    from peftkit.deltas.combining.methods import How
     from peftkit.errors import PeftkitError
     from peftkit.evaluation.spec import EvaluateSpec
     from peftkit.recipe import Run
     from peftkit.registry.store import Registry
+    from peftkit.release.combine import combine_adapters
+    from peftkit.release.export.entry import export_for
+    from peftkit.release.merge import Order, merge_adapters
     from peftkit.training.spec import MEMORY_PRESETS, TrainSpec
     from peftkit.tuning.attach import attach
     from peftkit.tuning.inject import inject

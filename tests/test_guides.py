@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli.published import factors, publish
 from typer.main import get_command
 
 from peftkit.cli.main import app, main
@@ -60,6 +61,18 @@ def test_the_python_of_the_registry_guide(
     exec(compile(code.replace("Qwen/Qwen3-4B", str(tiny_base)), "registry.md", "exec"), {})
     first, second = store.resolve("tickets").reference, store.resolve("tickets@prod").reference
     assert capsys.readouterr().out.splitlines() == [f"{first} {sorted([first, second])}", "LlamaForCausalLM"]
+
+
+def test_the_python_of_the_combining_guide(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, name in enumerate(("tickets", "tone")):
+        publish(tmp_path, tiny_base, name, factors(tiny_base, 2, seed))
+    (tmp_path / "registry").rename(tmp_path / "adapters")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", TEXTS["combine-and-merge.md"], re.DOTALL)
+    exec(compile(code, "combine-and-merge.md", "exec"), {})
+    assert capsys.readouterr().out == "0.0 1.0 peft\n"
 
 
 NO_WASTED_RUN = TEXTS["no-wasted-run.md"]

@@ -184,3 +184,24 @@ def test_the_table_of_crashes_is_that_of_the_results() -> None:
         assert sum(int(row[column].replace(",", "")) for row in cells) == found["total"][key]
     assert found["total"]["bad"] == 0
     assert f"{sum(found['sequences'].values()):,} sequences" in README
+
+
+def test_figures_of_merging_stand_in_the_results() -> None:
+    text = " ".join(README.split())
+    zone = json.loads((ROOT / "benchmarks/results/dead_zone.json").read_text())["bits"]["4"]
+    lines = {line["way"]: line for line in zone}
+    peft, stochastic = lines["PEFT merge_and_unload"], lines["onto dequantized nf4, quantized again at random"]
+    assert f"keeps {peft['kept']:.1%} of the demo's adapter".replace("%", " %") in text
+    assert f"from {lines['base + adapter']['answer_nll']:.3f} to {peft['answer_nll']:.2f}" in text
+    assert f"{stochastic['kept']:.1%} ({stochastic['answer_nll']:.3f})".replace("%", " %") in text
+    dense = lines["onto dequantized nf4, bfloat16"]
+    assert f"{dense['kept']:.1%} ({dense['answer_nll']:.3f})".replace("%", " %") in text
+    ways = json.loads((ROOT / "benchmarks/results/merge.json").read_text())["ways"]
+    for way in ("ours", "peft"):
+        assert f"{ways[way]['seconds']:.1f} s and {ways[way]['peak_megabytes_above_imports']:,.0f} MB" in text
+    assert f"copy with fsync {ways['copy']['seconds']:.1f} s" in text
+    mutants = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
+    assert "41 planted bugs" in (ROOT / "CHANGELOG.md").read_text()
+    assert "41" in json.dumps(
+        len(next(value for value in mutants.values() if isinstance(value, list | dict) and len(value) > 20))
+    )
