@@ -202,6 +202,4 @@ def test_figures_of_merging_stand_in_the_results() -> None:
     assert f"copy with fsync {ways['copy']['seconds']:.1f} s" in text
     mutants = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
     assert "41 planted bugs" in (ROOT / "CHANGELOG.md").read_text()
-    assert "41" in json.dumps(
-        len(next(value for value in mutants.values() if isinstance(value, list | dict) and len(value) > 20))
-    )
+    assert len(mutants["bugs"]) == 41

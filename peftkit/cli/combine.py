@@ -58,7 +58,8 @@ def combine(
     """
     weighted, chosen = parse_weighted(adapters), how(method, settings or [])
     store = open_registry(registry)
-    from peftkit.release.combine import GateSettings, Judging, SearchSettings, combine_adapters
+    from peftkit.release.combine import combine_adapters
+    from peftkit.release.judging import GateSettings, Judging, SearchSettings
 
     with Reporter(as_json=as_json) as report:
         outcome = combine_adapters(
@@ -99,4 +100,7 @@ def _text(outcome: Any) -> str:
         ("  rank", str(outcome.version.manifest.adapter.get("r"))),
         ("  error of ΔW", f"{combined.residual:.2g} (at most {combined.max_residual:g})"),
     ]
+    worst = max(combined.tensors, key=lambda tensor: tensor.residual)
+    if worst.residual:
+        facts.append(("  most in", f"{worst.name}, {worst.residual:.2g}"))
     return f"{outcome.version.reference} is in the registry\n{render.facts(facts)}"

@@ -61,7 +61,7 @@ def merge(
     """
     weighted, chosen = parse_weighted(adapters), how(method, settings or [])
     store = open_registry(registry)
-    from peftkit.release.combine import Judging
+    from peftkit.release.judging import Judging
     from peftkit.release.merge import Order, merge_adapters, plan_adapters
 
     written: dict[str, Any] = {"dtype": dtype, "shard_size": parse_size(shard_size), "seed": seed}

@@ -55,7 +55,7 @@ def draft_of(parents: Parents, adapter: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class Trial:
+class Candidates:
     """A registry of candidates that is gone when the block ends."""
 
     def __init__(self, root: Path, parents: Parents) -> None:
@@ -79,10 +79,10 @@ class Trial:
 
 
 @contextmanager
-def trial(parents: Parents, cache: Path) -> Iterator[Trial]:
+def candidates(parents: Parents, cache: Path) -> Iterator[Candidates]:
     """A place for candidates below the cache."""
     with scratch_folder(cache / "scratch", "combine") as folder:
-        yield Trial(folder, parents)
+        yield Candidates(folder, parents)
 
 
 def scores(host: Attached, name: str | None, parts: Mapping[str, Part], batch_size: int) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,43 +19,14 @@ from peftkit.registry import receipts
 from peftkit.registry.layout import check_alias, check_name
 from peftkit.registry.manifest import Draft, Version
 from peftkit.registry.store import Registry
-from peftkit.release.candidate import draft_of, scores, trial, write_payload
+from peftkit.release.candidate import candidates, draft_of, scores, write_payload
 from peftkit.release.gate import GateResult, Task, beside, check_keep, gate
-from peftkit.release.measured import LEAST_TOKENS, NotMeasured, interval_record, too_few
+from peftkit.release.judging import GateSettings, Judging, SearchSettings
+from peftkit.release.measured import NotMeasured, interval_record, too_few
 from peftkit.release.parents import Parents, open_parents
 from peftkit.release.rows import HeldOut, rows_by_version
-from peftkit.release.search import Objective, Search, search_weights
+from peftkit.release.search import Search, search_weights
 from peftkit.tuning.attach import Attached
-
-
-@dataclass(frozen=True)
-class GateSettings:
-    """What a combination must keep to be registered."""
-
-    keep: float
-    """Share of each parent's gain, at the lower end of its interval."""
-    min_tokens: int = LEAST_TOKENS
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """How to look for weights."""
-
-    trials: int = 30
-    objective: Objective = "mean"
-    """Of the tasks' NLL / the parent's own: their mean, or the worst of them."""
-    min_tokens: int = LEAST_TOKENS
-
-
-@dataclass(frozen=True)
-class Judging:
-    """Held-out rows and how they are measured, for gate and search alike."""
-
-    rows: Mapping[str, Path] = field(default_factory=dict)
-    """Files by adapter (`name` or `name@version`); the others are looked for in the runs that made the adapters."""
-    batch_size: int = 8
-    seed: int = 0
-    """Of the search, and of the bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +175,7 @@ class _Bench:
         for reference, part in parts.items():
             with beside(self.host, versions[reference], False):
                 own += scores(self.host, reference, {reference: part}, self.judging.batch_size)
-        with trial(self.parents, self.cache) as bench:
+        with candidates(self.parents, self.cache) as bench:
 
             def score(weights: Sequence[float]) -> list[float]:
                 version = bench.version(self.combined(weights, silent))
@@ -225,7 +196,7 @@ class _Bench:
 
     def gate(self, combined: Combined, rows: Mapping[str, HeldOut], settings: GateSettings) -> GateResult:
         """Judge a combination. Raises DeltaError, with every task, when it does not pass."""
-        with trial(self.parents, self.cache) as bench:
+        with candidates(self.parents, self.cache) as bench:
             found = gate(
                 self.host,
                 self.parents.versions,

@@ -13,7 +13,7 @@ from peftkit.deltas.combining.methods import How
 from peftkit.errors import BackboneError, DataError, DeltaError
 from peftkit.events import Report
 from peftkit.registry.manifest import Version
-from peftkit.release.candidate import trial
+from peftkit.release.candidate import candidates
 from peftkit.release.drift import Drift
 from peftkit.release.measure import measure_merge
 from peftkit.release.measured import NotMeasured
@@ -35,7 +35,7 @@ def counterpart(parents: Parents, weights: Sequence[float], how: How, cache: Pat
     if not how.entry.additive:
         yield NotMeasured(only, _COMBINE)
         return
-    with trial(parents, cache) as bench:
+    with candidates(parents, cache) as bench:
         try:
             made: Version | NotMeasured = bench.version(combine(parents.deltas, weights, How(), parents.base))
         except DeltaError as error:

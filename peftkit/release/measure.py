@@ -9,7 +9,7 @@ from peftkit.data.part import Part
 from peftkit.events import Note, Report, silent
 from peftkit.registry.manifest import Version
 from peftkit.release.drift import Drift, Side, drift
-from peftkit.release.forms import as_trained, merged_in, merged_quant, trained
+from peftkit.release.forms import Trained, as_trained, merged_in, merged_quant, trained
 from peftkit.release.measured import LEAST_TOKENS, NotMeasured, too_few
 from peftkit.release.room import lacking
 from peftkit.release.rows import HeldOut, first_tokens
@@ -39,18 +39,11 @@ def measure_merge(
     model would not fit into the memory that is free. Raises BaseError when the base is not here, BaseMismatch when it
     is another one, BackboneError when a model cannot be loaded.
     """
-    result = rows if isinstance(rows, NotMeasured) else None
-    form = None
-    if isinstance(rows, HeldOut):
-        form = trained(version, cache, base=base, other_base=other_base, report=report)
-        part = first_tokens(rows.part(form.folder, report), most_tokens)
-        result = too_few(part.answer_tokens, least_tokens)
-        result = result or lacking(form.folder, form.quant, part, batch_size=batch_size)
-        result = result or _no_room(merged, part, batch_size)
-    if result is not None or form is None:
-        assert result is not None  # rows are either there or not measured
-        report(Note(f"base + adapter against merged: {result.reason}"))
-        return result
+    form = trained(version, cache, base=base, other_base=other_base, report=report)
+    part = _ready(form, merged, rows, least_tokens, most_tokens, batch_size, report)
+    if isinstance(part, NotMeasured):
+        report(Note(f"base + adapter against merged: {part.reason}"))
+        return part
     second = merged if isinstance(merged, Side) else merged_in(merged, cache, report)
     return drift(
         as_trained(form),
@@ -62,6 +55,24 @@ def measure_merge(
         seed=seed,
         report=report,
     )
+
+
+def _ready(
+    form: Trained,
+    merged: Path | Side,
+    rows: HeldOut | NotMeasured,
+    least_tokens: int,
+    most_tokens: int,
+    batch_size: int,
+    report: Report,
+) -> Part | NotMeasured:
+    """The rows to measure on, or why nothing can be measured."""
+    if isinstance(rows, NotMeasured):
+        return rows
+    part = first_tokens(rows.part(form.folder, report), most_tokens)
+    short = too_few(part.answer_tokens, least_tokens)
+    short = short or lacking(form.folder, form.quant, part, batch_size=batch_size)
+    return short or _no_room(merged, part, batch_size) or part
 
 
 def _no_room(merged: Path | Side, part: Part, batch_size: int) -> NotMeasured | None:

@@ -15,8 +15,8 @@ from peftkit.errors import DeltaError
 from peftkit.events import Decision, Report, silent
 from peftkit.registry.exchange.export import check_target
 from peftkit.registry.store import Registry
-from peftkit.release.combine import Judging
 from peftkit.release.examine import Examiner, counterpart
+from peftkit.release.judging import Judging
 from peftkit.release.measured import NotMeasured
 from peftkit.release.parents import Parents, open_parents
 from peftkit.release.recommend import Onto, Recommendation, needs_choice, recommend_onto

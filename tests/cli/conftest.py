@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,3 +34,14 @@ def cli(
         return code, out, err
 
     return cli
+
+
+@pytest.fixture
+def adapters(places: Path, tiny_base: Path) -> dict[str, Any]:
+    """Factors of `tickets` of rank 4 and `tone` of rank 2, which leaves `o_proj` alone; both scaled by 2."""
+    from cli.published import factors, publish  # torch, which most commands do without
+
+    made = {"tickets": factors(tiny_base, 4, 1), "tone": factors(tiny_base, 2, 2, ["q_proj"])}
+    publish(places, tiny_base, "tickets", made["tickets"], alpha=8)
+    publish(places, tiny_base, "tone", made["tone"], alpha=4)
+    return made

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli.published import Factors, factors, publish
+from cli.published import Factors
 from safetensors.torch import load_file
 
 from peftkit.cli.weighted import parse_rows
@@ -17,15 +17,6 @@ from peftkit.errors import DeltaError
 from peftkit.registry import Registry
 
 Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def adapters(places: Path, tiny_base: Path) -> dict[str, Factors]:
-    """`tickets` of rank 4 and `tone` of rank 2, which leaves `o_proj` alone; both scaled by 2."""
-    made = {"tickets": factors(tiny_base, 4, 1), "tone": factors(tiny_base, 2, 2, ["q_proj"])}
-    publish(places, tiny_base, "tickets", made["tickets"], alpha=8)
-    publish(places, tiny_base, "tone", made["tone"], alpha=4)
-    return made
 
 
 def dense(adapters: dict[str, Factors], module: str, weights: dict[str, float]) -> torch.Tensor:

@@ -20,15 +20,6 @@ from peftkit.errors import DeltaError
 Cli = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def adapters(places: Path, tiny_base: Path) -> dict[str, Factors]:
-    """`tickets` of rank 4 and `tone` of rank 2, which leaves `o_proj` alone; both scaled by 2."""
-    made = {"tickets": factors(tiny_base, 4, 1), "tone": factors(tiny_base, 2, 2, ["q_proj"])}
-    publish(places, tiny_base, "tickets", made["tickets"], alpha=8)
-    publish(places, tiny_base, "tone", made["tone"], alpha=4)
-    return made
-
-
 def test_json_against_dense_matrices(cli: Cli, adapters: dict[str, Factors]) -> None:
     code, out, err = cli("preview", "tickets:0.6", "tone:-0.4", "--rank", "5", "--json")
     assert code == 0, err

@@ -18,8 +18,9 @@ from peftkit.deltas.combining.methods import How
 from peftkit.errors import BaseMismatch, ConfigError, DeltaError, PeftkitError
 from peftkit.events import Event, Warned
 from peftkit.registry.manifest import Version
-from peftkit.release.combine import GateSettings, Judging, Outcome, SearchSettings, combine_adapters
+from peftkit.release.combine import Outcome, combine_adapters
 from peftkit.release.gate import likelihoods
+from peftkit.release.judging import GateSettings, Judging, SearchSettings
 from peftkit.release.recommend import needs_choice
 from peftkit.release.rows import held_out_rows
 from peftkit.tuning.attach import attach

@@ -13,8 +13,8 @@ from peftkit.deltas.combining.methods import How
 from peftkit.errors import DataError, DeltaError, RegistryError
 from peftkit.evaluation.compare import Interval
 from peftkit.release import examine as examine_module
-from peftkit.release.combine import Judging
 from peftkit.release.drift import Drift
+from peftkit.release.judging import Judging
 from peftkit.release.merge import Order, merge_adapters
 
 
