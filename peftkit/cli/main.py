@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminate_like_ctrl_c()
     try:
         code = app(args=given, prog_name="peftkit", standalone_mode=False)
+        if code == 130:  # what Typer makes of Ctrl-C
+            _print_error("interrupted")
         return code if isinstance(code, int) else 0
     except typer.Exit as done:
         return done.exit_code

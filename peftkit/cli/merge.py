@@ -12,6 +12,7 @@ from peftkit.cli.console import Reporter, show
 from peftkit.cli.options import AsJson, Base, RegistryRoot, RunsRoot, open_registry
 from peftkit.cli.weighted import Adapters, MethodName, MethodSettings, RowFiles, how, parse_rows, parse_weighted
 from peftkit.planning.devices import parse_size
+from peftkit.recipe import Interrupted
 
 Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new or empty folder.")]
 OntoWeights = Annotated[
@@ -61,6 +62,7 @@ def merge(
     """
     weighted, chosen = parse_weighted(adapters), how(method, settings or [])
     store = open_registry(registry)
+    from peftkit.deltas.merging.building import Building
     from peftkit.release.judging import Judging
     from peftkit.release.merge import Order, merge_adapters, plan_adapters
 
@@ -75,15 +77,20 @@ def merge(
             plan.check_room()
             return
         judging = Judging(parse_rows(rows or [], [name for name, _ in weighted]), seed=seed)
-        receipt = merge_adapters(
-            store,
-            order,
-            target,
-            cache=cache,
-            runs=locations.runs_root(runs).path,
-            judging=judging,
-            report=report,
-        )
+        try:
+            receipt = merge_adapters(
+                store,
+                order,
+                target,
+                cache=cache,
+                runs=locations.runs_root(runs).path,
+                judging=judging,
+                report=report,
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; the same command goes on where it stopped, rm -r {Building(target).folder} gives it up"
+            ) from None
     record = receipt.as_record()
     show(record, as_json=as_json, text=_text(record, target))
 

@@ -137,3 +137,17 @@ def test_rows_are_parsed_by_name_or_for_all(tmp_path: Path) -> None:
     for wrong in (["a="], ["=x"], ["one.jsonl", "two.jsonl"]):
         with pytest.raises(DeltaError, match="--rows names"):
             parse_rows(wrong, ["a"])
+
+
+def test_ctrl_c_is_said_and_a_merge_says_how_to_go_on(
+    cli: Cli, adapters: dict[str, Factors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("peftkit.release.combine.combine", interrupt)
+    assert cli("combine", "tickets", "--save-as", "x")[::2] == (130, "peftkit: interrupted\n")
+    monkeypatch.setattr("peftkit.release.merge.merge", interrupt)
+    code, _, err = cli("merge", "tickets", "--out", "x")
+    assert code == 130
+    assert "goes on where it stopped, rm -r .x.merging gives it up" in err
