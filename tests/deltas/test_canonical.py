@@ -305,4 +305,5 @@ def test_every_method_gives_a_checkpoint_that_peft_loads(made: Made, tmp_path: P
     for name, method in METHODS.items():
         rank = 16 if method.ranked else None
         combined = combine([one, other], [0.6, 0.4], How(name), files, rank=rank)
-        loaded(base, write(canonical_lora(combined, task_type=None), tmp_path / name))
+        folder = write(canonical_lora(combined, task_type=None), tmp_path / name)
+        assert loaded(base, folder) is not None, name

@@ -23,6 +23,7 @@ from peftkit.deltas.combining.methods import METHODS, How
 from peftkit.deltas.combining.together import merged_deltas
 from peftkit.deltas.delta import Absolute, Added, Delta, Deltas, LowRank, Place, Rows, Stacked
 from peftkit.deltas.merging.receipt import digest_of
+from peftkit.deltas.reading.products import Hadamard
 from peftkit.errors import DeltaError
 from peftkit.events import Event, Note, Phase
 
@@ -423,3 +424,14 @@ def test_a_direct_merge_has_the_same_digest_in_every_process(base: Mapping[str, 
     assert digest_of(first) == digest_of(again)
     assert digest_of(merged_deltas(mixed()[:2], [1, 0.4], How("ties"), base)) != digest_of(first)
     assert digest_of(merged_deltas(mixed()[:2], [1, 0.5], How("ties", {"density": 0.3}), base)) != digest_of(first)
+
+
+def test_a_loha_is_combined_exactly_as_the_lora_that_it_is(base: Mapping[str, Dense]) -> None:
+    random = np.random.default_rng(11)
+    one, two = (low((12, 20), 2, random, 1.5) for _ in range(2))
+    loha = Deltas("loha@1", {"a": Hadamard((12, 20), one, two, 0.5)}, {"a": PLACES["a"]})
+    lora = adapter("lora@1", {"a": 2}, seed=3)
+    combined = combine([loha, lora], [0.7, -1.0], How("exact"), base)
+    expected = 0.7 * 0.5 * product(one) * product(two) - product(lora.changes["a"])
+    np.testing.assert_allclose(product(combined.changes["a"]), expected, atol=1e-12)
+    assert (combined.changes["a"].rank, combined.residual, dict(combined.converted)) == (6, 0, {})

@@ -13,6 +13,7 @@ import torch
 from peftkit.base.dense import Dense
 from peftkit.deltas.combining.methods import How
 from peftkit.deltas.delta import Added, Additive, Delta, Deltas, LowRank, Place, Rows, Stacked
+from peftkit.deltas.reading.products import factored
 from peftkit.errors import DeltaError
 
 
@@ -173,7 +174,7 @@ def line_up(parents: Sequence[Deltas], weights: Sequence[float], how: How, base:
         else:
             given = enumerate(changes) if how.entry.pair else ((i, changes[i]) for i in touching)
             parts = tuple(
-                Part(found.get(name, Untouched(shapes[0])), float(weights[i]), parents[i].reference)
+                Part(_with_factors(found.get(name, Untouched(shapes[0]))), float(weights[i]), parents[i].reference)
                 for i, found in given
             )
             place = _place(name, parents, sources)
@@ -217,6 +218,14 @@ def rows_of(dense: Dense, columns: int) -> Rows:
         return torch.from_numpy(numbers).reshape(last - first, columns)
 
     return rows
+
+
+def _with_factors(delta: Delta) -> Delta:
+    """LoHa and LoKr as the LoRA that they exactly are, where its factors are smaller than ΔW."""
+    found = factored(delta)
+    if found is None or found.rank * sum(found.matrix) >= math.prod(found.matrix):
+        return delta
+    return found
 
 
 def _sources(parents: Sequence[Deltas], base: Mapping[str, Dense]) -> dict[str, str]:
