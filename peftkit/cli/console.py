@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -26,7 +27,16 @@ _CONTROL = {
 
 def console(*, stderr: bool = False) -> Console:
     """A rich console that changes no text: no markup, no emoji codes, no wrapping."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+    return _Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+
+class _Console(Console):
+    """Falls silent when its reader is gone (`peftkit merge … | head`); rich would end the process, and the work."""
+
+    def on_broken_pipe(self) -> None:
+        """Write the rest nowhere."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 def harmless(text: str) -> str:

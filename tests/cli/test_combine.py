@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,3 +154,15 @@ def test_ctrl_c_is_said_and_a_merge_says_how_to_go_on(
     code, _, err = cli("merge", "tickets", "--out", "x")
     assert code == 130
     assert "goes on where it stopped, rm -r .x.merging gives it up" in err
+
+
+def test_a_reader_that_leaves_does_not_stop_a_merge(adapters: dict[str, Factors], places: Path) -> None:
+    own = {f"PEFTKIT_{name.upper()}": str(places / name) for name in ("registry", "runs", "cache")}
+    environment = {**os.environ, **own}
+    command = [sys.executable, "-m", "peftkit", "merge", "tickets", "--out", "merged"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=places, env=environment)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (places / "merged" / "peftkit_merge.json").is_file()
