@@ -6,7 +6,7 @@ import hashlib
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import pytest
 import yaml
@@ -408,6 +408,49 @@ def test_no_override_ever_fails_with_anything_but_a_config_error(texts: list[str
     except ConfigError as error:
         problems = error.problems
     assert bool(problems) != isinstance(config, Config)
+
+
+# -- A group whose defaults belong to one of its fields
+
+
+class Shape(Spec):
+    """A circle has a radius, a box has a side."""
+
+    selector = "kind"
+
+    kind: Literal["circle", "box"] = "circle"
+    radius: float | None = None
+    side: float | None = None
+
+    @model_validator(mode="after")
+    def _its_own(self) -> Self:
+        if self.kind == "box" and self.radius is not None:
+            raise ValueError(f"a box has no radius (given: {self.radius:g})")
+        return self
+
+
+class Drawing(Spec):
+    """A recipe with a default circle."""
+
+    shape: Shape = Shape(kind="circle", radius=2.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], Shape(kind="circle", radius=2.0)),
+        (["shape.kind=circle"], Shape(kind="circle", radius=2.0)),
+        (["shape.kind=box"], Shape(kind="box")),
+        (["shape.kind=box", "shape.side=3"], Shape(kind="box", side=3.0)),
+    ],
+)
+def test_another_kind_leaves_out_the_defaults_of_the_first(overrides: list[str], expected: Shape) -> None:
+    assert resolve(Drawing, overrides=overrides).config.shape == expected
+
+
+def test_what_was_asked_for_is_never_left_out() -> None:
+    with pytest.raises(ConfigError, match="a box has no radius"):
+        resolve(Drawing, overrides=["shape.kind=box", "shape.radius=2"])
 
 
 # -- Spec and schema

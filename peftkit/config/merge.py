@@ -130,8 +130,9 @@ class Merge:
     def assemble(self, group: type[BaseModel] | None = None, prefix: str = "", base: Any = None) -> dict[str, Any]:
         """What pydantic gets for one group: the given values, over those that a default instance of the group sets."""
         data: dict[str, Any] = {}
+        inherited = self._inherited(prefix, base)
         for name, field in (group or self.model).model_fields.items():
-            key, inherits = prefix + name, base is not None and name in base.model_fields_set
+            key, inherits = prefix + name, name in inherited
             inner = self.slots[key].group
             touched = any(other.startswith(key + ".") for other in self.given)
             if key in self.given:
@@ -143,6 +144,14 @@ class Merge:
             elif inherits:
                 data[name] = getattr(base, name)
         return data
+
+    def _inherited(self, prefix: str, base: Any) -> set[str]:
+        """The fields that a default instance sets, unless what they belong to is given another value."""
+        if base is None:
+            return set()
+        selector = getattr(base, "selector", "")
+        chosen = self.given.get(prefix + selector) if selector else None
+        return set() if chosen and chosen.value != getattr(base, selector) else set(base.model_fields_set)
 
 
 def _default(holder: Any, name: str) -> Any:

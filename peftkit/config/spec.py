@@ -18,6 +18,8 @@ class Spec(BaseModel):
 
     shorthand: ClassVar[str] = ""
     """The field that one word given for the whole group sets: with "source", `base=X` means `base.source=X`."""
+    selector: ClassVar[str] = ""
+    """The field that the group's other defaults belong to: when it is given another value, they are left out."""
 
 
 def leaves(config: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
