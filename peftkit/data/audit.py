@@ -170,7 +170,7 @@ def _losses(encoding: Encoding, spec: DataSpec, length: int | None, tally: Tally
     if encoding.refused:
         facts = [Seen(place, error.fact.removeprefix(f"{place}: ")) for place, error in encoding.refused]
         tally.say("unusable", len(facts), encoding.refused[0][1].hint or "", facts)
-    if encoding.too_long and spec.too_long == "raise":
+    if encoding.too_long and spec.too_long in ("raise", "split"):
         tokens = [Seen(place, f"{count} tokens") for place, count in encoding.too_long.items()]
         tally.say("too_long", len(tokens), limit, tokens)
     elif part.dropped:

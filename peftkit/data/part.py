@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,12 +74,13 @@ def encode(
     encoding = attempt(rows, source, role, tokenizer, spec, length)
     if encoding.refused:
         _refuse([error for _, error in encoding.refused], len(rows), role)
-    if encoding.too_long and spec.too_long == "raise":
+    if encoding.too_long and spec.too_long in ("raise", "split"):
         raise DataError(
             f"{len(encoding.too_long)} of {len(rows)} {role} rows are longer than {length} tokens: "
             + _some([f"{place} ({tokens} tokens)" for place, tokens in encoding.too_long.items()]),
             expected=f"at most {length} tokens per row",
-            hint="set data.max_length higher, or choose data.too_long=drop or data.too_long=truncate",
+            hint="set data.max_length higher, or choose data.too_long=drop or data.too_long=truncate"
+            + (": only plain texts can be split" if spec.too_long == "split" else ""),
         )
     if not encoding.part.examples:
         raise DataError(f"no {role} row of {source.source} is left to use", expected="at least one row with an answer")
@@ -99,6 +101,8 @@ def attempt(
         if isinstance(encoded, DataError):
             refused.append((str(row.where), encoded))
             continue
+        if length is not None and spec.too_long == "split" and row.text is not None:
+            encoded = [window for example in encoded for window in _windows(example, length)]
         for example in encoded:
             kept: Example | None = example
             if length is not None and len(example.input_ids) > length:
@@ -129,6 +133,18 @@ def _cut(example: Example, length: int) -> Example:
     labels = example.labels[:length]
     start = min(example.answer_start, length)
     return Example(example.input_ids[:length], labels, start, example.row, example.where, example.stop_added)
+
+
+def _windows(example: Example, length: int) -> list[Example]:
+    """A text as sequences of at most `length` tokens, each after the first beginning with the last one's last token.
+
+    So every token but the text's first is predicted exactly once, and the windows are as even as they can be.
+    """
+    predicted = len(example.input_ids) - 1
+    count = max(1, -(-predicted // (length - 1)))
+    edges = [predicted * at // count for at in range(count + 1)]
+    cuts = [slice(start, end + 1) for start, end in pairwise(edges)]
+    return [replace(example, input_ids=example.input_ids[cut], labels=example.labels[cut]) for cut in cuts]
 
 
 def _some(places: Sequence[str]) -> str:

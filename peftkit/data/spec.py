@@ -34,8 +34,8 @@ class DataSpec(Spec):
     """Extra variables for the chat template, such as {enable_thinking: false}."""
     max_length: int | None = Field(default=None, gt=1)
     """Longest sequence in tokens; None takes the base's own limit."""
-    too_long: Literal["raise", "drop", "truncate"] = "raise"
-    """What happens to a row above max_length."""
+    too_long: Literal["raise", "drop", "truncate", "split"] = "raise"
+    """What happens to a row above max_length; split makes several sequences of a plain text, and loses no token."""
     max_train_rows: int | None = Field(default=None, gt=0)
     """Train on the first so many rows only."""
     max_held_out_rows: int | None = Field(default=None, gt=0)

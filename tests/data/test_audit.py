@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_bases import write_tokenizer
 
 from peftkit.base.tokenizer import Tokenizer, load_tokenizer
@@ -302,3 +305,27 @@ def test_the_rendering_of_a_run_comes_back_from_its_recorded_settings() -> None:
     assert recorded_rendering({"data": spec.model_dump(mode="json"), "train": {}}) == spec.rendering
     assert recorded_rendering({"data": {**spec.model_dump(mode="json"), "of_a_later_version": 1}}) == spec.rendering
     assert recorded_rendering({}) == recorded_rendering({"data": None}) == DataSpec().rendering
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.integers(1, 120), length=st.integers(2, 40))
+def test_a_split_text_predicts_every_token_once_in_even_windows(
+    size: int, length: int, tokenizer: Tokenizer, rows: Any
+) -> None:
+    text = {"text": "".join(chr(97 + at % 26) for at in range(size))}
+    held = rows({"text": "zz"}, name="held.jsonl")
+    whole, _ = run(tokenizer, train=rows(text), held_out=held)
+    result, _ = run(tokenizer, train=rows(text), held_out=held, max_length=length, too_long="split")
+    (ids,) = (example.input_ids for example in whole.train.examples)
+    windows = [example.input_ids for example in result.train.examples]
+    assert ids == windows[0] + [token for window in windows[1:] for token in window[1:]]
+    assert all(after[0] == before[-1] for before, after in pairwise(windows))
+    assert all(len(window) <= length for window in windows)
+    assert max(map(len, windows)) - min(map(len, windows)) <= 1 + (len(windows) == 1)
+    assert result.train.answer_tokens == whole.train.answer_tokens == len(ids) - 1
+    assert (result.train.dropped, result.train.truncated) == ((), ())
+
+
+def test_a_conversation_is_not_split(tokenizer: Tokenizer, rows: Any, held: str) -> None:
+    with pytest.raises(DataError, match="1 row longer than 30 tokens"):
+        run(tokenizer, train=rows(FITS, CUT), held_out=held, max_length=30, too_long="split")
