@@ -17,14 +17,17 @@ _PUBLIC = {
     "DataSpec": "peftkit.data.audit",
     "EvaluateSpec": "peftkit.evaluation.spec",
     "How": "peftkit.deltas.combining.methods",
+    "LayerwiseSpec": "peftkit.training.layerwise",
     "MEMORY_PRESETS": "peftkit.training.spec",
     "Order": "peftkit.release.merge",
     "PeftkitError": "peftkit.errors",
     "QuantSpec": "peftkit.backbone.spec",
+    "RegularizeSpec": "peftkit.training.regularize.spec",
     "Registry": "peftkit.registry.store",
     "Run": "peftkit.recipe",
     "Spec": "peftkit.config",
     "TrainSpec": "peftkit.training.spec",
+    "UnfreezeSpec": "peftkit.training.layerwise",
     "attach": "peftkit.tuning.attach",
     "combine_adapters": "peftkit.release.combine",
     "export_for": "peftkit.release.export.entry",
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     from peftkit.release.combine import combine_adapters
     from peftkit.release.export.entry import export_for
     from peftkit.release.merge import Order, merge_adapters
+    from peftkit.training.layerwise import LayerwiseSpec, UnfreezeSpec
+    from peftkit.training.regularize.spec import RegularizeSpec
     from peftkit.training.spec import MEMORY_PRESETS, TrainSpec
     from peftkit.tuning.attach import attach
     from peftkit.tuning.inject import inject

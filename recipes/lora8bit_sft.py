@@ -29,7 +29,7 @@ class Config(Spec):
 
     base: BaseSpec = BaseSpec()
     quant: QuantSpec = QuantSpec(bits=8)
-    adapter: AdapterSpec = AdapterSpec(r=16, lora_alpha=32)
+    adapter: AdapterSpec = AdapterSpec()
     data: DataSpec = DataSpec()
     train: TrainSpec = TrainSpec()
     evaluate: EvaluateSpec = EvaluateSpec()

@@ -27,10 +27,12 @@ from peftkit.generation.forward import row_nll
 from peftkit.process_group import launched
 from peftkit.training import step as steps
 from peftkit.training.checkpoint import Checkpoints
+from peftkit.training.regularize import losses
 from peftkit.training.sft import Stopped, train
 from peftkit.training.spec import TrainSpec
-from peftkit.tuning.inject import Tuned, inject, save_adapter
+from peftkit.tuning.inject import inject, save_adapter
 from peftkit.tuning.methods import AdapterSpec
+from peftkit.tuning.tuned import Tuned
 
 
 def rows(lengths: list[int], seed: int = 0) -> list[Example]:
@@ -55,7 +57,7 @@ def mean_of_means(self: steps.Step, total: float, micro_batch_size: int) -> step
     return true_finish(self, total * factor, micro_batch_size)
 
 
-true_finish, true_token_nll = steps.Step.finish, steps.token_nll
+true_finish, true_token_nll = steps.Step.finish, losses.token_nll
 
 
 def main(given: dict[str, Any]) -> None:
@@ -80,7 +82,7 @@ def main(given: dict[str, Any]) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return true_token_nll(model, batch)
 
-    steps.token_nll = exhausted  # type: ignore[assignment]
+    losses.token_nll = exhausted  # type: ignore[assignment]
 
     def log(step: int, figures: dict[str, float]) -> None:
         kept = ("loss", "grad_norm", "learning_rate", "tokens", "answer_tokens", "held_out_nll")

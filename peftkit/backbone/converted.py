@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -28,15 +28,14 @@ def converted_weights(config: Mapping[str, Any], form: Format, tensors: Mapping[
     The head, tied weights and what the architecture keeps in float32 are not among them. Raises BackboneError when the
     model cannot be built, or when a layer has no tensor of its own in the files.
     """
-    model = _shapes_only(config)
+    model = shapes_only(config)
     with quiet():
         AutoHfQuantizer.from_config(_bitsandbytes_config(form), pre_quantized=False).preprocess_model(
             model, dtype=torch.float32, device_map=None
         )
     found = {}
     for module, layer in quantized_linears(model).items():
-        names = (module, module.partition(".")[2], f"{model.base_model_prefix}.{module}")
-        name = next((f"{name}.weight" for name in names if f"{name}.weight" in tensors), None)
+        name = tensor_of(module, model.base_model_prefix, tensors)
         if name is None:
             raise BackboneError(
                 f"the layer {module} would be quantized, and the base's files have no tensor for it alone",
@@ -47,7 +46,14 @@ def converted_weights(config: Mapping[str, Any], form: Format, tensors: Mapping[
     return found
 
 
-def _shapes_only(config: Mapping[str, Any]) -> Any:
+def tensor_of(module: str, prefix: str, tensors: Container[str]) -> str | None:
+    """Name of a module's weight in the base's files, which may lack or have the model's `prefix`; None without one."""
+    names = (module, module.partition(".")[2], f"{prefix}.{module}")
+    return next((f"{name}.weight" for name in names if f"{name}.weight" in tensors), None)
+
+
+def shapes_only(config: Mapping[str, Any]) -> Any:
+    """The model that config.json describes, with shapes and no numbers. Raises BackboneError when there is none."""
     kind = str(config.get("model_type", "none"))
     if kind not in CONFIG_MAPPING:
         raise BackboneError(f"this transformers does not know the model type {kind!r}", expected="a known architecture")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from peftkit.backbone.contain import contain_bitsandbytes, quantized_linears
+from peftkit.backbone.converted import shapes_only
 from peftkit.backbone.decide import Placement, label, place
 from peftkit.backbone.locate import locate
 from peftkit.backbone.quiet import quiet
@@ -22,7 +26,7 @@ from peftkit.base.places import remember_place
 from peftkit.base.ref import BaseSpec, LocatedBase, read_config
 from peftkit.base.tokenizer import Tokenizer, load_tokenizer
 from peftkit.errors import BackboneError
-from peftkit.events import Report, silent
+from peftkit.events import Decision, Report, silent
 from peftkit.process_group import launched
 
 
@@ -57,12 +61,23 @@ class Backbone:
         return record
 
 
+Dense = Callable[[Any], Collection[str]]
+"""A model without numbers → names of its linear layers that are not quantized."""
+
+
 def load_backbone(
-    base: BaseSpec, quant: QuantSpec, cache: Path, *, report: Report = silent, located: LocatedBase | None = None
+    base: BaseSpec,
+    quant: QuantSpec,
+    cache: Path,
+    *,
+    dense: Dense | None = None,
+    report: Report = silent,
+    located: LocatedBase | None = None,
 ) -> Backbone:
     """Load `base` in the precision of `quant`; nothing downloaded is ever executed.
 
-    Raises BaseError when the base cannot be found, BackboneError when it cannot be loaded this way.
+    The layers that `dense` names keep the numbers of the base's files, in 16 or 32 bits. Raises BaseError when the base
+    cannot be found, BackboneError when it cannot be loaded this way.
     """
     _refuse_sharded_int8(quant)
     located = located or locate(base, cache, report)
@@ -76,7 +91,11 @@ def load_backbone(
     identity = identify(located.folder, cache)
     remember_place(identity, located.place, cache)
     tokenizer = load_tokenizer(located.folder)
-    model = _from_pretrained(located.folder, config, quant, placement)
+    kept = _kept(config, quant, dense)
+    if kept:
+        why = "they are trained; the others stay packed"
+        report(Decision("unquantized", f"{len(kept)} linear layers in {_plain(placement.dtype)}", why))
+    model = _from_pretrained(located.folder, config, quant, placement, kept)
     model.requires_grad_(False)
     model.eval()
     contain_bitsandbytes(model)
@@ -90,7 +109,20 @@ def load_backbone(
     return Backbone(model, tokenizer, located, identity, quant, placement)
 
 
-def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, placement: Placement) -> Any:
+def _kept(config: dict[str, Any], quant: QuantSpec, dense: Dense | None) -> list[str]:
+    """Names of the linear layers that bitsandbytes leaves alone on request; an upload's own quantization stays."""
+    if dense is None or quant.bits not in (4, 8) or config.get("quantization_config"):
+        return []
+    return sorted(dense(shapes_only(config)))
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _from_pretrained(
+    folder: Path, config: dict[str, Any], quant: QuantSpec, placement: Placement, kept: Sequence[str]
+) -> Any:
     options: dict[str, Any] = {
         "dtype": placement.dtype,
         # With FSDP no device needs to hold it whole: `backbone.shard` moves it layer by layer.
@@ -101,7 +133,7 @@ def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, pla
         "local_files_only": True,
     }
     if quant.bits in (4, 8) and not config.get("quantization_config"):
-        options["quantization_config"] = _bitsandbytes_config(quant, placement)
+        options["quantization_config"] = _bitsandbytes_config(quant, placement, _skipped(config, kept))
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
@@ -123,11 +155,22 @@ def _from_pretrained(folder: Path, config: dict[str, Any], quant: QuantSpec, pla
     return model
 
 
-def _bitsandbytes_config(quant: QuantSpec, placement: Placement) -> BitsAndBytesConfig:
+def _skipped(config: dict[str, Any], kept: Sequence[str]) -> list[str] | None:
+    """The patterns of what is not quantized: upstream's own (head and tied weights), which any list replaces, and ours.
+
+    Upstream matches names as regular expressions from the start, and as plain endings.
+    """
+    if not kept:
+        return None
+    return [*get_keys_to_not_convert(shapes_only(config)), *(re.escape(name) + "$" for name in kept)]
+
+
+def _bitsandbytes_config(quant: QuantSpec, placement: Placement, skipped: list[str] | None) -> BitsAndBytesConfig:
     if quant.bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=skipped,
         bnb_4bit_quant_type=quant.quant_type,
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=placement.compute_dtype,

@@ -33,6 +33,7 @@ def combine(
     max_residual: Annotated[
         float, typer.Option("--max-residual", min=0, help="Refuse a result that loses more of ΔW to its rank.")
     ] = 0.05,
+    drop: Annotated[bool, typer.Option("--drop", help="Leave out what no LoRA can hold, such as norms.")] = False,
     keep: Keep = None,
     trials: Trials = None,
     objective: Annotated[
@@ -71,6 +72,7 @@ def combine(
             runs=locations.runs_root(runs).path,
             rank=rank,
             max_residual=max_residual,
+            drop=drop,
             keep=None if keep is None else GateSettings(keep, min_tokens),
             search=None if trials is None else SearchSettings(trials, objective, min_tokens),
             judging=Judging(parse_rows(rows or [], [name for name, _ in weighted]), seed=seed),

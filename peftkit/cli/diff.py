@@ -95,7 +95,9 @@ def _weights_text(found: DeltaComparison) -> str:
     for side, names in (("A", found.only_left), ("B", found.only_right)):
         if names:
             lines.append(f"only {side} changes {len(names)}: {plain(', '.join(names), _WIDEST)}")
-    lines += [f"not compared: {plain(name)}: {plain(why, _WIDEST)}" for name, why in found.not_compared.items()]
+    for why in dict.fromkeys(found.not_compared.values()):
+        refused = [name for name, reason in found.not_compared.items() if reason == why]
+        lines.append(f"not compared: {plain(', '.join(refused), _WIDEST)}: {plain(why, _WIDEST)}")
     return "\n".join(lines)
 
 

@@ -60,16 +60,13 @@ def copy_recipe(
     show(None, as_json=False, text=f"copied to {path}; run it with: peftkit train {path} data.train=rows.jsonl")
 
 
-def _fields(model: type[BaseModel], prefix: str) -> list[tuple[str, Any, str]]:
+def _fields(model: type[BaseModel], prefix: str, given: BaseModel | None = None) -> list[tuple[str, Any, str]]:
+    """Dotted key, default and description of every setting; `given` holds the defaults of a group in its recipe."""
     rows: list[tuple[str, Any, str]] = []
     for name, info in model.model_fields.items():
-        default = info.get_default(call_default_factory=True)
+        default = info.get_default(call_default_factory=True) if given is None else getattr(given, name)
         if isinstance(default, BaseModel):
-            group = type(default)
-            rows += [
-                (key, getattr(default, key.rsplit(".", 1)[-1]), text)
-                for key, _, text in _fields(group, f"{prefix}{name}.")
-            ]
+            rows += _fields(type(default), f"{prefix}{name}.", default)
         else:
             rows.append((prefix + name, default, info.description or ""))
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,6 +128,9 @@ def gc(
         int | None,
         typer.Option("--older-than", metavar="DAYS", min=1, help="Also checkpoints of older runs that could resume."),
     ] = None,
+    trunks: Annotated[
+        bool, typer.Option("--trunks", help="Also cached trunks (train.trunk_cache), which a run computes again.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
     runs: RunsRoot = None,
     as_json: AsJson = False,
@@ -138,6 +141,12 @@ def gc(
     """
     age = timedelta(days=older_than) if older_than else None
     removed = collect(locations.runs_root(runs).path, older_than=age, dry_run=dry_run)
+    if trunks:
+        from peftkit.training.trunk.store import TrunkStore  # loads torch
+
+        store = TrunkStore(locations.cache_root().path)
+        cached = store.kept() if dry_run else store.remove()
+        removed = replace(removed, paths=(*removed.paths, *((str(each.path), each.bytes) for each in cached)))
     _show_removed(removed, "would remove" if dry_run else "removed", as_json)
 
 

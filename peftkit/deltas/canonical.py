@@ -127,7 +127,7 @@ def _check(changes: Mapping[str, Delta], places: Mapping[str, Place]) -> None:
             raise DeltaError(
                 f"PEFT has no adapter for layers of kind {one} and {other} together: {', '.join(named[:4])} …",
                 expected="one or the other",
-                hint="merge it: peftkit merge takes every mixture",
+                hint="merge it: peftkit merge takes every mixture; --drop leaves biases out and counts them as error",
             )
 
 

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from peftkit.deltas import spectrum
 from peftkit.deltas.delta import Additive, Delta, Deltas, LowRank
 from peftkit.deltas.parts import is_vector, low_rank_parts, products_by_rows, side_by_side
+from peftkit.deltas.reading.kinds import Replaced
 from peftkit.deltas.spectrum import Angles
 
 
@@ -110,12 +113,18 @@ def compare_deltas(left: Deltas, right: Deltas) -> DeltaComparison:
 
 
 def _refusal(deltas: Sequence[Delta]) -> str | None:
+    if len(deltas) == 2 and _same_tensor(*deltas):
+        return "both put the same tensor in its place"
     absolute = sorted({delta.kind for delta in deltas if not isinstance(delta, Additive)})
     if absolute:
         return f"ΔW of {' and '.join(absolute)} depends on the base's weights"
     if len({delta.shape for delta in deltas}) > 1:
         return f"the shapes are {' and '.join(str(delta.shape) for delta in deltas)}"
     return None
+
+
+def _same_tensor(one: Delta, other: Delta) -> bool:
+    return isinstance(one, Replaced) and isinstance(other, Replaced) and torch.equal(one.values, other.values)
 
 
 _Measured = tuple[Products, Angles | None, Angles | None]

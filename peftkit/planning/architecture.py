@@ -68,6 +68,8 @@ class Architecture:
     """Entries of the head's weight; 0 where it is tied."""
     stored: int
     """Bytes of a number in the base's file; 2 where config.json does not say."""
+    final_norm: bool = True
+    """Whether a norm stands behind the last block (OPT-350M has none)."""
 
     @property
     def queries(self) -> int:
@@ -173,6 +175,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         expert_parameters=expert_parameters(hidden, experts),
         head_parameters=0 if tied else vocabulary * embedding,
         stored=4 if keys.get("dtype", "torch_dtype") == "float32" else 2,
+        final_norm=bool(keys.get("do_layer_norm_before", default=True)),
     )
 
 

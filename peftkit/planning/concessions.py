@@ -18,7 +18,8 @@ _OPTIM: dict[str, tuple[Any, ...]] = {
     "adamw_torch_fused": ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"),
     "adamw_8bit": ("adamw_8bit", "paged_adamw_8bit"),
 }
-
+_UNPACKED = ("full", "loha", "lokr")
+"""Methods that no packed weights go with."""
 
 _REASONS = {
     "micro_batch": "micro-batch {was} → {now}: {gain}, {rate}, keeps the effective batch {rows}",
@@ -48,8 +49,8 @@ class Concession:
 def choices(setting: Setting, name: str, fixed: frozenset[str]) -> tuple[Any, ...]:
     """Values of a field that may be tried for a setting, the most welcome first.
 
-    Micro-batches divide the effective batch. Full fine-tuning has no packed weights; 8-bit and paged states and
-    offloading need CUDA.
+    Micro-batches divide the effective batch. Full fine-tuning, LoHa and LoKr go with no packed weights, and prefix
+    tuning with no checkpointing; 8-bit and paged states and offloading need CUDA.
     """
     asked = getattr(setting, name)
     on_card = setting.device == "cuda"
@@ -58,14 +59,14 @@ def choices(setting: Setting, name: str, fixed: frozenset[str]) -> tuple[Any, ..
     if name == "micro_batch":
         rows = setting.rows_per_step
         return tuple(count for count in range(rows, 0, -1) if rows % count == 0)
-    if name == "gradient_checkpointing":
-        return (False, True)
+    if name == "gradient_checkpointing":  # which drops the cache that virtual tokens come in
+        return (False, True) if setting.method != "prefix_tuning" else (asked,)
     if name == "activation_offloading":
         return (False, True) if on_card else (asked,)
     if name == "optim":
         return _OPTIM.get(asked, (asked,)) if on_card else (asked,)
     if name == "bits":
-        return _BITS[asked] if setting.method != "full" else (asked,)
+        return _BITS[asked] if setting.method not in _UNPACKED else (asked,)
     return tuple(_halved(asked))
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftkit.planning.architecture import Architecture
+from peftkit.planning.layers import SIZES
 from peftkit.planning.setting import Setting
-from peftkit.planning.time import adapter_parameters
+from peftkit.planning.weights import trained_parameters, trained_size, trained_tensors, trunk
 from peftkit.render import size
 
 Place = Literal["cache", "runs", "registry", "out"]
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # An entry of a safetensors header (name, dtype, shape, offsets) is about 150 bytes; names of adapter tensors are long.
 _HEADER = 150
 # Random states, figures, schedule: torch's CPU state has 5,056 bytes, a CUDA device's 16, NumPy's and Python's 2,500.
@@ -49,10 +49,12 @@ def disk_plan(
     save_total_limit: int,
     keeps_best: bool,
     merged: bool = False,
+    cached_tokens: int = 0,
 ) -> tuple[DiskPart, ...]:
     """What a run needs: the base unless its files are here, checkpoints, the adapter, and a merged export.
 
     A new checkpoint is whole on the disk before the oldest is removed, so one more than is kept has to fit.
+    `cached_tokens` of all rows have their hidden states in the trunk's cache, where the setting has one.
     """
     kept = save_total_limit + int(keeps_best) + 1
     one = checkpoint_bytes(architecture, setting)
@@ -63,6 +65,12 @@ def disk_plan(
         DiskPart("checkpoints", "runs", kept * one, f"{kept} of {size(one)}: {which}"),
         DiskPart("adapter", "registry", adapter, f"{trained.width} B per trained parameter"),
     ]
+    if setting.trunk_cache:
+        size_of = SIZES[setting.dtype]
+        states = cached_tokens * architecture.hidden * size_of
+        formula = f"{cached_tokens:,} tokens × {architecture.hidden} × {size_of} B"
+        parts.append(DiskPart("trunk cache", "cache", states, formula))
+        parts.append(DiskPart("released trunk", "cache", trunk(architecture, setting), "as it is held in memory"))
     weights = architecture.parameters * 2
     if not base_present:
         parts.insert(0, DiskPart("base", "cache", weights, "2 B per parameter, as a 16-bit base is published"))
@@ -108,12 +116,8 @@ class _Trained:
 
 
 def _trained(architecture: Architecture, setting: Setting) -> _Trained:
-    if setting.method == "full":  # a norm or two for each linear layer, embedding and head
-        tensors = 2 * sum(linear.count for linear in architecture.linears) + 2
-        return _Trained(architecture.parameters, tensors, _BYTES[setting.dtype])
-    per_layer = 3 if setting.method == "dora" else 2
-    tensors = per_layer * sum(linear.count for linear in architecture.targets(setting.target_modules))
-    return _Trained(adapter_parameters(architecture, setting), tensors, 4)
+    tensors = sum(count for _, count in trained_tensors(architecture, setting))
+    return _Trained(trained_parameters(architecture, setting), tensors, trained_size(setting))
 
 
 def _total(parts: Sequence[DiskPart]) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from peftkit.planning.activations import Block
 from peftkit.planning.architecture import Architecture
-from peftkit.planning.layers import FLOAT32, SIZES, Layers
+from peftkit.planning.block import forward_pass
+from peftkit.planning.layers import FLOAT32, SIZES
 from peftkit.planning.ranges import Part, Range, exactly
 from peftkit.planning.setting import Setting
-from peftkit.planning.tape import Tape, forward_peak
+from peftkit.planning.trained import trained
 
 LOGITS_BYTES = 1 << 30
 """`generation.forward.LOGITS_BYTES`: batches whose logits would pass this are split; planning may not import it."""
@@ -52,14 +52,10 @@ def _cached(architecture: Architecture, setting: Setting, length: int) -> int:
 
 @lru_cache(maxsize=512)
 def _reading(architecture: Architecture, setting: Setting, rows: int) -> int:
-    """The widest moment of the last block's forward pass over the longest rows, and what lives through it."""
-    tape = Tape()
-    layers = Layers(tape, architecture, setting, rows, setting.evaluation_longest)
-    x = tape.fresh(layers.tokens * architecture.hidden, layers.plain, needs_grad=True)  # only such are written down
-    tape.begin(False, x)
-    Block(layers, masked=False)(x)
-    tables = 2 * layers.tokens * architecture.head_dim * x.size if architecture.family.rotary else 0
-    return forward_peak(tape) + 3 * x.bytes + tables  # held by frames: the embedded tokens, the inputs of block and MLP
+    """The widest moment of the forward pass over the longest rows, in a block that is trained where one is."""
+    blocks = trained(architecture, setting).blocks
+    widest = max(range(len(blocks)), key=lambda index: (blocks[index].any, index))
+    return forward_pass(architecture, setting, rows, setting.evaluation_longest, widest)
 
 
 def reading(architecture: Architecture, setting: Setting, rows: int) -> int:
@@ -67,7 +63,7 @@ def reading(architecture: Architecture, setting: Setting, rows: int) -> int:
     # Only what matters, so that settings that differ elsewhere share one answer.
     plain = replace(setting, optim="sgd", rows_per_step=1, micro_batch=1, gradient_checkpointing=False)
     plain = replace(plain, activation_offloading=False, double_quant=True, labelled=1, longest=1, lora_dropout=0.0)
-    plain = replace(plain, evaluation_batch=1, max_new_tokens=1)
+    plain = replace(plain, evaluation_batch=1, max_new_tokens=1, starts=0, mixout=False, row_copies=1)
     return _reading(architecture, plain, rows)
 
 

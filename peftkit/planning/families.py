@@ -10,6 +10,22 @@ Switch = bool | tuple[str, bool]
 
 
 @dataclass(frozen=True)
+class Names:
+    """Paths of a decoder's modules, to which a tensor's name adds `.weight` or `.bias`. The defaults are Llama's."""
+
+    blocks: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    positions: str = "model.embed_positions"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    norms: tuple[str, ...] = (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+        "self_attn.q_norm", "self_attn.k_norm",
+    )  # fmt: skip
+    """Norms of a block; a family has some of them."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One kind of decoder block. The defaults are Llama's."""
 
@@ -60,6 +76,7 @@ class Family:
     """Falcon's own linear class is not what transformers hands to bitsandbytes."""
     sliding: Literal["all", "alternate", "five_of_six"] | None = None
     """Layers that see only a window, where config.json names one and does not list its layers."""
+    names: Names = Names()
 
 
 _LLAMA = Family()
@@ -68,11 +85,13 @@ _GPT2 = Family(
     tied=True, attention="attn", qkv=("c_attn",), output="c_proj", gate=("c_fc",), gated=False, down="c_proj",
     qkv_bias=True, output_bias=True, mlp_bias=True, norm="layer", norm_weights=2, rotary=False, positions=0,
     activation="gelu_new",
+    names=Names("transformer.h", "transformer.wte", "transformer.wpe", "transformer.ln_f", norms=("ln_1", "ln_2")),
 )  # fmt: skip
 _NEOX = Family(
     attention="attention", qkv=("query_key_value",), output="dense", gate=("dense_h_to_4h",), gated=False,
     down="dense_4h_to_h", qkv_bias=("attention_bias", True), output_bias=("attention_bias", True), mlp_bias=True,
     norm="layer", norm_weights=2, parallel=("use_parallel_residual", True), activation="gelu", partial_rotary=True,
+    names=Names("gpt_neox.layers", "gpt_neox.embed_in", norm="gpt_neox.final_layer_norm"),
 )  # fmt: skip
 
 FAMILIES: dict[str, Family] = {
@@ -103,6 +122,7 @@ FAMILIES: dict[str, Family] = {
         _LLAMA, output="dense", gate=("fc1",), gated=False, down="fc2", qkv_bias=True, output_bias=True, mlp_bias=True,
         head_bias=True, norm="layer", norm_weights=2, norms=1, parallel=True, activation="gelu_new",
         qk_norm="head", qk_norm_switch=("qk_layernorm", False), partial_rotary=True,
+        names=Names(norm="model.final_layernorm"),
     ),
     "phi3": replace(
         _LLAMA, qkv=("qkv_proj",), gate=("gate_up_proj",), qkv_bias=False, output_bias=False, mlp_bias=False,
@@ -117,11 +137,15 @@ FAMILIES: dict[str, Family] = {
         _GPT2, attention="self_attn", qkv=("q_proj", "k_proj", "v_proj"), output="out_proj", mlp="", gate=("fc1",),
         down="fc2", qkv_bias=("enable_bias", True), output_bias=("enable_bias", True), mlp_bias=("enable_bias", True),
         positions=2, activation="relu",
+        names=Names(
+            "model.decoder.layers", "model.decoder.embed_tokens", "model.decoder.embed_positions",
+            "model.decoder.final_layer_norm", norms=("self_attn_layer_norm", "final_layer_norm"),
+        ),
     ),
     "falcon": replace(
         _NEOX, tied=True, attention="self_attention", qkv_bias=("bias", False), output_bias=("bias", False),
         mlp_bias=("bias", False), parallel=("parallel_attn", True), quantizable=False, partial_rotary=False,
-        always_masked=True,
+        always_masked=True, names=Names("transformer.h", "transformer.word_embeddings", norm="transformer.ln_f"),
     ),
     "mixtral": replace(_LLAMA, qkv_bias=False, output_bias=False, mlp_bias=False, experts=True, sliding="all"),
     "qwen2_moe": replace(_LLAMA, qkv_bias=True, output_bias=False, mlp_bias=False, experts=True),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from peftkit.planning.architecture import Architecture, Linear
 from peftkit.planning.setting import Setting
 from peftkit.planning.tape import Tape, Tensor
+from peftkit.planning.trained import Touched, in_blocks, trained
 
 FLOAT32 = 4
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -30,15 +31,26 @@ class Layers:
 
     def __post_init__(self) -> None:
         setting = self.setting
+        self.prefix = setting.num_virtual_tokens if setting.method == "prefix_tuning" else 0
+        """Keys and values of virtual tokens before those of every layer."""
+        if setting.method == "prompt_tuning":
+            self.length += setting.num_virtual_tokens
         self.tokens = self.rows * self.length
         self.compute = SIZES[setting.compute_dtype]
         self.autocast = self.compute < FLOAT32
         self.plain = SIZES[setting.dtype]
-        self.full = setting.method == "full"
+        self.trained = trained(self.architecture, setting)
+        self.own = self.plain if setting.in_place else FLOAT32
+        """Bytes of a trained number of the base."""
+        self.at(0)
         self.on_cuda = setting.device == "cuda"
         self.bits = setting.bits if self.architecture.family.quantizable else 16
-        targets = () if self.full else self.architecture.targets(setting.target_modules)
-        self.adapted = {linear.name for linear in targets}
+
+    def at(self, block: int) -> None:
+        """What comes next belongs to this block, or stands behind them all."""
+        blocks, what = self.trained.blocks, self.trained
+        behind = Touched(norms=what.norm, norm_biases=what.norm_bias)
+        self.here = blocks[block] if block < len(blocks) else behind
 
     @property
     def eager(self) -> bool:
@@ -50,21 +62,21 @@ class Layers:
         return FLOAT32 if self.eager else int(masked)
 
     def linear(self, x: Tensor, linear: Linear) -> Tensor:
-        """A linear layer as it is held (plain, quantized or trained), with its adapter."""
-        if self.full:
+        """A linear layer as it is held: trained, plain or quantized."""
+        outside = self.trained.outside and not in_blocks(self.architecture, linear)
+        if linear.name in self.here.weights or outside:
             return self._trained_linear(x, linear)
-        base = self._frozen(x, linear)
-        return self._adapt(x, base, linear) if linear.name in self.adapted else base
+        return self._frozen(x, linear)
 
-    def _weight(self, numbers: int, size: int) -> Tensor:
+    def weight(self, numbers: int, size: int) -> Tensor:
         """A trained weight as a product reads it: under autocast a 16-bit copy of a float32 one."""
         weight = self.tape.weight(numbers, size)
         return self.tape.cast(weight, self.compute) if self.autocast and size == FLOAT32 else weight
 
     def _trained_linear(self, x: Tensor, linear: Linear) -> Tensor:
         read = self.tape.cast(x, self.compute) if self.autocast else x
-        weight = self._weight(linear.out * linear.into, self.plain)
-        inputs = [read, weight] + ([self._weight(linear.out, self.plain)] if linear.bias else [])
+        weight = self.weight(linear.out * linear.into, self.own)
+        inputs = [read, weight] + ([self.weight(linear.out, self.own)] if linear.bias else [])
         saves = [read, weight] if read.needs_grad else [read]
         return self.tape.op(inputs, self.tokens * linear.out, read.size, saves=saves)
 
@@ -72,35 +84,15 @@ class Layers:
         read = self.tape.cast(x, self.compute) if self.autocast or self.bits == 4 else x
         scratch = linear.out * linear.into * read.size if self.bits in (4, 8) else 0
         holds = [read] if self.bits == 8 else []  # MatMul8bitFp keeps its input on ctx
-        base = self.tape.op([read], self.tokens * linear.out, read.size, holds=holds, temporary=scratch)
-        if self.bits != 4:
-            return base
-        base = self.tape.cast(base, x.size)  # Linear4bit returns the dtype it was given
-        return self.tape.copy(base) if linear.name in self.adapted else base  # PEFT clones what 4-bit layers return
+        bias = [self.weight(linear.out, self.own)] if linear.name in self.here.biases else []
+        base = self.tape.op([read, *bias], self.tokens * linear.out, read.size, holds=holds, temporary=scratch)
+        return self.tape.cast(base, x.size) if self.bits == 4 else base  # Linear4bit returns the dtype it was given
 
-    def _adapt(self, x: Tensor, base: Tensor, linear: Linear) -> Tensor:
-        tape = self.tape
-        # Adapters of quantized layers cast to float32 unless CUDA's autocast is on; those of plain layers always do.
-        converts = self.bits not in (4, 8) or not (self.autocast and self.on_cuda)
-        read = tape.cast(x, FLOAT32) if converts else x
-        if self.setting.lora_dropout > 0:
-            read = self.dropout(read)
-        read = tape.cast(read, self.compute) if self.autocast else read
-        low = self._product(read, linear.into, self.setting.r)
-        update = self._product(low, self.setting.r, linear.out)
-        if self.setting.method == "dora":
-            magnitude = tape.weight(linear.out, FLOAT32)  # scales the base's result and the adapter's
-            update = tape.like(update, magnitude, saves=[base, update])
-        else:
-            update = tape.like(update)
-        if converts and self.bits in (4, 8):
-            update = tape.cast(update, base.size)
-        return tape.cast(tape.add(base, update), base.size)
-
-    def _product(self, x: Tensor, into: int, out: int) -> Tensor:
-        weight = self._weight(into * out, FLOAT32)
+    def product(self, x: Tensor, into: int, out: int) -> Tensor:
+        """x times a trained float32 matrix."""
+        weight = self.weight(into * out, FLOAT32)
         saves = [x, weight] if x.needs_grad else [x]
-        return self.tape.op([x, weight], self.tokens * out, x.size, saves=saves)
+        return self.tape.op([x, weight], x.numbers // into * out, x.size, saves=saves)
 
     def dropout(self, x: Tensor) -> Tensor:
         """A mask is saved: bytes on CUDA, numbers of x's dtype on a CPU."""
@@ -117,17 +109,19 @@ class Layers:
         mean = tape.op([square], x.numbers // width, FLOAT32)
         scale = tape.like(mean, saves_output=True)
         normed = tape.cast(tape.like(precise, scale, saves=[precise, scale]), x.size)
-        if not self.full:
+        if not self.here.norms:
             return tape.op([normed], normed.numbers, max(normed.size, self.plain))
-        weight = tape.weight(width, self.plain)
-        return tape.op([normed, weight], normed.numbers, max(normed.size, self.plain), saves=[normed])
+        weight = tape.weight(width, self.own)
+        saves = [normed, weight] if normed.needs_grad else [normed]
+        return tape.op([normed, weight], normed.numbers, max(normed.size, self.own), saves=saves)
 
     def _layer_norm(self, x: Tensor, width: int) -> Tensor:
         # CUDA's autocast runs layer_norm in float32, a CPU's in the dtype it gets.
         read = self.tape.cast(x, FLOAT32) if self.autocast and self.on_cuda else x
         statistics = self.tape.fresh(2 * x.numbers // width, FLOAT32)
-        vectors = self.architecture.family.norm_weights if self.full else 0
-        weights = [self.tape.weight(vectors * width, self.plain)] if vectors else []
+        kinds = self.architecture.family.norm_weights
+        vectors = self.here.norms * min(kinds, 1) + self.here.norm_biases * (kinds == 2)
+        weights = [self.tape.weight(vectors * width, self.own)] if vectors else []
         return self.tape.like(read, *weights, saves=[read, statistics])
 
     def activation(self, x: Tensor) -> Tensor:
@@ -157,26 +151,33 @@ class Layers:
     def attention(self, query: Tensor, key: Tensor, value: Tensor, masked: bool) -> Tensor:
         """Scaled dot products; fused kernels save queries, keys, values, their result and one logarithm per row."""
         tape, heads = self.tape, self.architecture.heads
+        if self.prefix:
+            key, value = (self._prefixed(x) for x in (key, value))
         if self.autocast:
             query, key, value = (tape.cast(x, self.compute) for x in (query, key, value))
         if self.architecture.broadcasts and not self.eager:
             return self._written_out(query)
         if masked or self.eager:  # only kernels without a mask read one key head for several query heads
-            key, value = (
-                x if x.numbers == query.numbers else tape.op([x], query.numbers, x.size) for x in (key, value)
-            )
+            key, value = (self._per_query_head(x) for x in (key, value))
         if self.eager:
             return self._eager(query, key, value)
         saves = [query, key, value, tape.fresh(self.tokens * heads, FLOAT32)]
         if masked:  # every layer makes a mask of numbers from the one of booleans
-            saves.append(tape.fresh(self.rows * self.length * self.length, query.size))
+            saves.append(tape.fresh(self.rows * self.length * (self.length + self.prefix), query.size))
         # FlashAttention's backward sums the gradient of the queries in float32.
         scratch = query.numbers * FLOAT32 if self.on_cuda else 0
         inputs = [query, key, value]
         return tape.op(inputs, query.numbers, query.size, saves=saves, saves_output=True, temporary=scratch)
 
-    def _per_query_head(self, x: Tensor, query: Tensor) -> Tensor:
-        return x if x.numbers == query.numbers else self.tape.op([x], query.numbers, x.size)
+    def _prefixed(self, x: Tensor) -> Tensor:
+        """The trained keys or values of the virtual tokens, and those of the row."""
+        virtual = self.rows * self.prefix * self.architecture.keys
+        first = self.tape.op([self.tape.weight(virtual // self.rows, FLOAT32)], virtual, x.size)
+        return self.tape.op([first, x], first.numbers + x.numbers, x.size)
+
+    def _per_query_head(self, x: Tensor) -> Tensor:
+        numbers = self.rows * (self.length + self.prefix) * self.architecture.queries
+        return x if x.numbers == numbers else self.tape.op([x], numbers, x.size)
 
     def _written_out(self, query: Tensor) -> Tensor:
         """Torch's own products and softmax, where no fused kernel fits: scaled copies and the shares are saved."""
@@ -188,7 +189,7 @@ class Layers:
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tape = self.tape
-        count = self.rows * self.architecture.heads * self.length * self.length
+        count = self.rows * self.architecture.heads * self.length * (self.length + self.prefix)
         scores = tape.like(tape.op([query, key], count, query.size, saves=[query, key]))
         if self.architecture.softcapped:
             scores = tape.like(tape.like(tape.like(scores), saves_output=True))

@@ -7,17 +7,21 @@ from typing import Any
 
 from peftkit.planning.activations import Activations, activations
 from peftkit.planning.architecture import Architecture
+from peftkit.planning.block import forward_pass
 from peftkit.planning.evaluation import evaluation_logits, generating, kv_cache, measuring
-from peftkit.planning.layers import FLOAT32, SIZES
+from peftkit.planning.layers import SIZES
 from peftkit.planning.ranges import NOTHING, Part, Range, Stage, StageName, exactly
 from peftkit.planning.setting import Setting
 from peftkit.planning.weights import (
-    adapter,
+    beside,
     gradients,
     held_bits,
+    kept_beside,
     largest_tensor,
     optimizer,
     trained_parameters,
+    trained_size,
+    trunk,
     update_scratch,
     weights,
 )
@@ -92,7 +96,7 @@ def plan_memory(architecture: Architecture, setting: Setting) -> MemoryPlan:
     held = list(weights(architecture, setting))
     step = activations(architecture, setting)
     padded = activations(architecture, setting, masked=setting.micro_batch > 1)
-    own = [adapter(architecture, setting), gradients(architecture, setting), optimizer(architecture, setting)]
+    own = [beside(architecture, setting), gradients(architecture, setting), optimizer(architecture, setting)]
     around = Part("context", *_context(setting))
     mapped = Part(
         "mapped file", _mapped(architecture, setting), "quantized layers' originals, which the system may drop"
@@ -107,10 +111,17 @@ def plan_memory(architecture: Architecture, setting: Setting) -> MemoryPlan:
         mapped,
         around,
     ]
+    more = list(kept_beside(architecture, setting))
+    parts[len(held) + len(own) : len(held) + len(own)] = more
     resting = _total(held) + own[0].bytes + mapped.bytes
+    training = _total(more) + _training(architecture, setting, step, padded, own)
+    if setting.trunk_cache:
+        released = trunk(architecture, setting)
+        parts.append(Part("released trunk", exactly(released), "of the weights above, while the top is trained"))
+        training += exactly(-released)
     stages = (
         Stage("load", around.bytes + _loading(architecture, setting, _total(held))),
-        Stage("train", around.bytes + resting + _training(architecture, setting, step, padded, own)),
+        Stage("train", around.bytes + resting + training),
         Stage("evaluate", around.bytes + resting + _evaluating(architecture, setting, own)),
         Stage("save", around.bytes + resting + _saving(architecture, setting, own)),
         Stage("merge", around.bytes + _merging(architecture)),
@@ -177,6 +188,8 @@ def _training(
 def _evaluating(architecture: Architecture, setting: Setting, own: list[Part]) -> Range:
     """The NLL of held-out rows, or generated answers; in mid-run the optimizer's states are there too."""
     need = measuring(architecture, setting).or_more(generating(architecture, setting))
+    if setting.trunk_cache:  # it is filled before the first step
+        need = need.or_more(exactly(forward_pass(architecture, setting, setting.micro_batch, setting.longest, 0)))
     return need + Range(0, 0, own[2].bytes.high)
 
 
@@ -193,8 +206,7 @@ def _loading(architecture: Architecture, setting: Setting, held: Range) -> Range
 
 def _saving(architecture: Architecture, setting: Setting, own: list[Part]) -> Range:
     """A copy of what was trained is made in host memory."""
-    size = SIZES[setting.dtype] if setting.method == "full" else FLOAT32
-    copy = trained_parameters(architecture, setting) * size
+    copy = trained_parameters(architecture, setting) * trained_size(setting)
     states = own[2].bytes
     if setting.device == "cuda":
         return states + Range(0, 0, copy)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["lora", "rslora", "dora", "full"]
+Method = Literal[
+    "lora", "rslora", "dora", "lora_plus", "pissa", "loftq", "eva", "adalora", "ia3", "vera", "loha", "lokr", "oft",
+    "prompt_tuning", "prefix_tuning", "trainable_tokens", "full", "top_layers", "bias_only", "norms", "patterns",
+]  # fmt: skip
+PARTIAL: frozenset[str] = frozenset({"full", "top_layers", "bias_only", "norms", "patterns"})
+"""Methods that train tensors of the base itself."""
+PROMPTS: frozenset[str] = frozenset({"prompt_tuning", "prefix_tuning", "trainable_tokens"})
+"""Methods that train what the blocks read."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +30,43 @@ class Setting:
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     """Attention kernel; eager keeps every score."""
     method: Method = "lora"
-    """full trains every parameter of the base; the others train an adapter in float32."""
+    """What is trained: an adapter in float32, or float32 copies of the base's own tensors."""
+    in_place: bool = False
+    """full only: the weights themselves are trained, in `dtype`, and nothing is beside them. So do other tools."""
+    layers: Literal["all"] | tuple[int, ...] = "all"
+    """Blocks that an adapter, norms or bias_only touch."""
+    top_layers: int = 0
+    """top_layers: how many of the last blocks are trained."""
+    train_head: bool = True
+    """top_layers: whether the final norm and the head are trained too."""
+    patterns: tuple[str, ...] = ()
+    """patterns: names of the base's tensors, with wildcards."""
     r: int = 16
-    """Rank of the adapter."""
+    """Rank of the adapter; of adalora, the rank that it begins with."""
+    oft_block_size: int = 32
+    """oft: rows that one rotation turns together."""
+    decompose_factor: int = -1
+    """lokr: size of the small Kronecker factor; -1 makes both as square as possible."""
+    num_virtual_tokens: int = 0
+    """prompt_tuning, prefix_tuning: tokens before every input."""
+    trained_tokens: int = 0
+    """How many rows of the embedding are trained: by trainable_tokens, or beside LoRA."""
+    feedforward_modules: tuple[str, ...] = ()
+    """ia3: the layers among `target_modules` whose inputs are scaled; where both are left out, the MLP's last."""
     lora_dropout: float = 0.0
     """Above 0, a mask and a dropped copy of every adapted layer's input are kept."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """all-linear (every linear layer but the head), or endings of module names."""
     rows_per_step: int = 16
     """The effective batch, which no plan changes."""
+    row_copies: int = 1
+    """How often every row of a micro-batch goes through the model at once: twice with R-Drop."""
+    starts: int = 0
+    """Copies of the trained tensors as they were at the start: L2-SP and mixout hold one."""
+    mixout: bool = False
+    """Every pass computes with mixtures of the trained matrices and those of the start."""
+    trunk_cache: bool = False
+    """What lies below the lowest trained tensor runs once per row, is kept on the disk, and is not in memory later."""
     micro_batch: int = 1
     """Rows that go through the model at once in training."""
     gradient_checkpointing: bool = False

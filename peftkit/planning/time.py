@@ -14,7 +14,10 @@ from typing import NamedTuple
 
 from peftkit.planning.architecture import Architecture
 from peftkit.planning.devices import Device
-from peftkit.planning.setting import Setting
+from peftkit.planning.factors import products
+from peftkit.planning.setting import PARTIAL, Setting
+from peftkit.planning.trained import Trained, trained
+from peftkit.planning.weights import trained_parameters, trained_size
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -103,6 +106,8 @@ class Workload:
     """Mean tokens of such a row."""
     answers: int = 0
     """Answers generated at each evaluation, each as long as the setting allows."""
+    cached_rows: int = 0
+    """Training rows that go through the trunk once, before the first step, where the setting caches it."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,11 @@ def plan_time(architecture: Architecture, setting: Setting, machine: Machine, wo
     """The time of a run. Without a held-out row or an answer an evaluation takes no time."""
     step = step_seconds(architecture, setting, machine, workload.tokens_per_row)
     evaluation = evaluation_seconds(architecture, setting, machine, workload)
-    return TimePlan(step, evaluation, step.times(workload.steps) + evaluation.times(workload.evaluations))
+    total = step.times(workload.steps) + evaluation.times(workload.evaluations)
+    if setting.trunk_cache:
+        filling = Workload(0, 0.0, held_out_rows=workload.cached_rows, held_out_tokens=workload.tokens_per_row)
+        total += evaluation_seconds(architecture, setting, machine, filling)
+    return TimePlan(step, evaluation, total)
 
 
 def step_seconds(
@@ -143,33 +152,33 @@ def training_flops(architecture: Architecture, setting: Setting, length: float) 
 
     With N parameters in products and P in the adapter: 6N for full fine-tuning, 4N + 6P for LoRA, whose frozen weights
     have no gradient of their own; checkpointing computes the blocks' forward pass again (the head has none). Causal
-    attention adds 2 * length * width of the queries for every layer and pass (half of 4 * length * width).
+    attention adds 2 * length * width of the queries for every layer and pass (half of 4 * length * width). Blocks below
+    the lowest trained tensor have a forward pass and nothing else.
     """
+    what = trained(architecture, setting)
     blocks, head, attention = _products(architecture, length)
     head *= min(1.0, setting.labelled / setting.longest)  # the head is computed where there are labels
-    adapter = adapter_parameters(architecture, setting)
-    forward = 2 * (blocks + head + adapter) + attention
-    trained = 2 * (blocks + head) if setting.method == "full" else 2 * adapter
-    backward = 2 * (blocks + head + adapter) + trained + 2 * attention
-    again = 2 * (blocks + adapter) + attention if setting.gradient_checkpointing else 0.0
+    reached = 1 - what.lowest / architecture.layers
+    adapter, factors = (0, 0) if setting.method in PARTIAL else products(architecture, setting, what)
+    own = _trained_share(architecture, what) * blocks
+    if what.head or (what.embedding and architecture.tied):
+        own += head
+    passed = reached if setting.trunk_cache else 1.0
+    forward = 2 * (blocks * passed + head + adapter) + attention * passed
+    backward = 2 * (blocks * reached + head + adapter) + 2 * (own + factors) + 2 * attention * reached
+    again = (2 * blocks + attention) * reached + 2 * adapter if setting.gradient_checkpointing else 0.0
     return forward + backward + again
 
 
-def partial_flops(architecture: Architecture, length: float, trained_layers: int) -> float:
-    """FLOP per token when only the head and the last `trained_layers` blocks train: the backward pass stops there."""
-    blocks, head, attention = _products(architecture, length)
-    share = trained_layers / architecture.layers
-    return 2 * (blocks + head) + attention + 4 * (blocks * share + head) + 2 * attention * share
-
-
-def adapter_parameters(architecture: Architecture, setting: Setting) -> int:
-    """Trained entries of the adapter; 0 in full fine-tuning."""
-    if setting.method == "full":
-        return 0
-    magnitudes = 0
-    if setting.method == "dora":  # one length for every output of a layer
-        magnitudes = sum(linear.out * linear.count for linear in architecture.targets(setting.target_modules))
-    return architecture.adapter_parameters(setting.r, setting.target_modules) + magnitudes
+def _trained_share(architecture: Architecture, what: Trained) -> float:
+    """The share of the blocks' products whose weight is trained."""
+    layers = architecture.layers
+    if all(block.experts for block in what.blocks):
+        return 1.0
+    total = architecture.linear_parameters
+    return (
+        sum(linear.parameters * what.share(linear.name, "weights") / layers for linear in architecture.linears) / total
+    )
 
 
 def _cases(architecture: Architecture, setting: Setting, machine: Machine) -> Iterator[_Case]:
@@ -221,7 +230,9 @@ class _Case:
 
     def _forward_flops(self, length: float, rows: float) -> float:
         blocks, head, attention = _products(self.architecture, length)
-        adapter = adapter_parameters(self.architecture, self.setting)
+        adapter = 0
+        if self.setting.method not in PARTIAL:
+            adapter, _ = products(self.architecture, self.setting, trained(self.architecture, self.setting))
         return (2 * (blocks + head + adapter) + attention) * length * rows
 
     def _passes(self, flops: float, passes: int, unpacked: bool = True) -> float:
@@ -263,8 +274,4 @@ def _kept_bytes(architecture: Architecture, setting: Setting) -> float:
 
 def _updated_bytes(architecture: Architecture, setting: Setting) -> float:
     """Bytes that the optimizer's update reads and writes."""
-    if setting.method == "full":
-        trained = architecture.parameters * _BYTES[setting.dtype]
-    else:
-        trained = adapter_parameters(architecture, setting) * 4
-    return trained * _UPDATE[setting.optim]
+    return trained_parameters(architecture, setting) * trained_size(setting) * _UPDATE[setting.optim]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from peftkit.planning.architecture import Architecture
+from peftkit.planning.architecture import Architecture, Linear
+from peftkit.planning.factors import adapter_tensors, fixed_bytes
 from peftkit.planning.layers import FLOAT32, SIZES
 from peftkit.planning.ranges import Part, Range, exactly
-from peftkit.planning.setting import Setting
+from peftkit.planning.setting import PARTIAL, Setting
+from peftkit.planning.trained import chosen_tensors, trained
 
 BLOCK = 64
 """Weights that share one constant (`backbone.quantize.BLOCK`)."""
@@ -23,14 +26,17 @@ def weights(architecture: Architecture, setting: Setting) -> Iterator[Part]:
     """The base as it is held. 4-bit codes and constants are counted matrix by matrix, rounded up as they are stored."""
     size, name = SIZES[setting.dtype], setting.dtype
     bits = held_bits(architecture, setting)
-    count = architecture.linear_parameters
+    packed = list(_packed(architecture, setting))
+    count = sum(linear.out * linear.into * times for linear, times in packed)
     if bits == 4:
-        codes = sum(-(-linear.out * linear.into // 2) * linear.count for linear in architecture.linears)
+        codes = sum(-(-linear.out * linear.into // 2) * times for linear, times in packed)
         yield Part("linear layers", exactly(codes), f"{count:,} weights in 4 bits")
     else:
         width = 1 if bits == 8 else size
         yield Part("linear layers", exactly(count * width), f"{count:,} weights × {width} B")
-    yield from _constants(architecture, setting, bits)
+    if dense := architecture.linear_parameters - count:
+        yield Part("unpacked linear layers", exactly(dense * size), f"{dense:,} weights in {name}, which are trained")
+    yield from _constants(packed, setting, bits)
     for part, numbers in (
         ("embeddings", architecture.embedding_parameters),
         ("head", architecture.head_parameters),
@@ -46,15 +52,21 @@ def held_bits(architecture: Architecture, setting: Setting) -> int:
     return setting.bits if architecture.family.quantizable and setting.method != "full" else 16
 
 
-def _constants(architecture: Architecture, setting: Setting, bits: int) -> Iterator[Part]:
-    matrices = sum(linear.count for linear in architecture.linears)
+def _packed(architecture: Architecture, setting: Setting) -> Iterator[tuple[Linear, int]]:
+    """Linear layers as `bits` says, and how many there are; those that are trained are unpacked ones."""
+    what = trained(architecture, setting) if held_bits(architecture, setting) in (4, 8) else None
+    for linear in architecture.linears:
+        apart = linear.count * what.share(linear.name, "weights") // architecture.layers if what else 0
+        yield linear, linear.count - apart
+
+
+def _constants(packed: list[tuple[Linear, int]], setting: Setting, bits: int) -> Iterator[Part]:
+    matrices = sum(times for _, times in packed)
     if bits == 8:
-        rows = sum(linear.out * linear.count for linear in architecture.linears)
+        rows = sum(linear.out * times for linear, times in packed)
         yield Part("quantization constants", exactly(rows * FLOAT32), f"{rows:,} rows × one float32 scale")
     elif bits == 4:
-        total = sum(
-            _block_constants(linear.out * linear.into, setting) * linear.count for linear in architecture.linears
-        )
+        total = sum(_block_constants(linear.out * linear.into, setting) * times for linear, times in packed)
         per = "8 bits per 64 weights, float32 per 16,384" if setting.double_quant else "float32 per 64 weights"
         yield Part("quantization constants", exactly(total), per)
         tables = matrices * (16 + (256 if setting.double_quant else 0)) * FLOAT32
@@ -70,35 +82,10 @@ def _block_constants(count: int, setting: Setting) -> int:
 
 def trained_tensors(architecture: Architecture, setting: Setting) -> Iterator[tuple[int, int]]:
     """Entries of every trained tensor, and how many tensors have as many."""
-    if setting.method == "full":
-        for linear in architecture.linears:
-            yield linear.out * linear.into, linear.count
-            if linear.bias:
-                yield linear.out, linear.count
-        positions = architecture.position_parameters
-        for numbers in (architecture.embedding_parameters - positions, positions, architecture.head_parameters):
-            if numbers:
-                yield numbers, 1
-        yield from _norm_tensors(architecture)
-        if architecture.experts and architecture.experts.layers:
-            layers = architecture.experts.layers
-            yield architecture.expert_parameters // layers, layers
-        return
-    for linear in architecture.targets(setting.target_modules):
-        yield setting.r * linear.into, linear.count
-        yield setting.r * linear.out, linear.count
-        if setting.method == "dora":
-            yield linear.out, linear.count
-
-
-def _norm_tensors(architecture: Architecture) -> Iterator[tuple[int, int]]:
-    whole, rest = divmod(architecture.norm_parameters, architecture.hidden)
-    yield architecture.hidden, whole
-    if rest:
-        yield rest, 1
-    biases = sum(linear.out * linear.count for linear in architecture.linears if linear.bias)
-    if architecture.bias_parameters > biases:
-        yield architecture.bias_parameters - biases, 1
+    what = trained(architecture, setting)
+    partial = setting.method in PARTIAL
+    tensors = chosen_tensors(architecture, what) if partial else adapter_tensors(architecture, setting, what)
+    return ((numbers, count) for numbers, count in tensors if numbers and count)
 
 
 def trained_parameters(architecture: Architecture, setting: Setting) -> int:
@@ -107,14 +94,18 @@ def trained_parameters(architecture: Architecture, setting: Setting) -> int:
 
 
 def trained_size(setting: Setting) -> int:
-    """Bytes of a trained number: adapters are float32 whatever the base is."""
-    return SIZES[setting.dtype] if setting.method == "full" else FLOAT32
+    """Bytes of a trained number: float32 whatever the base is, but for weights that are trained in place."""
+    return SIZES[setting.dtype] if setting.in_place else FLOAT32
 
 
-def adapter(architecture: Architecture, setting: Setting) -> Part:
-    """What is injected."""
-    count = 0 if setting.method == "full" else trained_parameters(architecture, setting)
-    return Part("adapter", exactly(count * FLOAT32), f"{count:,} parameters × 4 B")
+def beside(architecture: Architecture, setting: Setting) -> Part:
+    """What stands beside the base: the adapter, or the float32 copies of the tensors that are trained."""
+    count = 0 if setting.in_place else trained_parameters(architecture, setting)
+    if setting.method in PARTIAL and not setting.in_place:
+        return Part("trained copies", exactly(count * FLOAT32), f"{count:,} parameters × 4 B")
+    fixed = 0 if setting.in_place else fixed_bytes(architecture, setting)
+    more = f", and {fixed:,} B that stay as they are" if fixed else ""
+    return Part("adapter", exactly(count * FLOAT32 + fixed), f"{count:,} parameters × 4 B{more}")
 
 
 def gradients(architecture: Architecture, setting: Setting) -> Part:
@@ -140,6 +131,35 @@ def optimizer(architecture: Architecture, setting: Setting) -> Part:
     return Part("optimizer", exactly(total), formula)
 
 
+def kept_beside(architecture: Architecture, setting: Setting) -> Iterator[Part]:
+    """What else a method or a regularizer keeps while it trains, as many numbers as are trained or more."""
+    count = trained_parameters(architecture, setting)
+    if setting.method == "adalora":  # `RankAllocator` in peft: ipt, exp_avg_ipt, exp_avg_unc
+        yield Part("scores of ranks", exactly(3 * FLOAT32 * count), f"{count:,} parameters × 12 B")
+    if setting.starts:
+        yield Part("where training began", exactly(FLOAT32 * count * setting.starts), f"{count:,} parameters × 4 B")
+    if setting.mixout:  # the mixture and the mask that it was made with
+        matrices = sum(numbers * times for numbers, times in trained_tensors(architecture, setting))
+        yield Part("mixtures", Range(0, 5 * matrices, 5 * matrices), f"{matrices:,} parameters × 5 B, in a pass")
+
+
+def trunk(architecture: Architecture, setting: Setting) -> int:
+    """Bytes of the frozen weights below the lowest trained tensor; a tied embedding stays, for the head reads it."""
+    share = trained(architecture, setting).lowest / architecture.layers
+    alone = replace(architecture, linears=tuple(_below(architecture, trained(architecture, setting).lowest)))
+    untouched = replace(setting, method="lora")  # what is trained does not lie below
+    linears = ("linear layers", "quantization constants", "code tables")
+    packed = sum(part.bytes.expected for part in weights(alone, untouched) if part.name in linears)
+    plain = (architecture.other_parameters) * share
+    plain += 0 if architecture.tied else architecture.embedding_parameters
+    return packed + int(plain * SIZES[setting.dtype])
+
+
+def _below(architecture: Architecture, blocks: int) -> Iterator[Linear]:
+    for linear in architecture.linears:
+        yield replace(linear, count=linear.count * blocks // architecture.layers)
+
+
 def _eight_bit(numbers: int) -> int:
     if numbers < SMALL:
         return 2 * FLOAT32 * numbers
@@ -151,6 +171,8 @@ def update_scratch(architecture: Architecture, setting: Setting) -> int:
 
     Tensor by tensor the quotient beside the root is a second one (`_single_tensor_adam` in torch/optim/adam.py).
     """
+    if setting.method == "adalora":  # the penalty's gradients are computed beside the loss's
+        return trained_parameters(architecture, setting) * FLOAT32
     if setting.optim != "adamw_torch":
         return 0
     sizes = [numbers for numbers, _ in trained_tensors(architecture, setting)]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peftkit.data.audit import Audit
     from peftkit.training.probe import Piece, Probe
     from peftkit.training.schedule import Schedule
-    from peftkit.tuning.inject import Tuned
+    from peftkit.tuning.tuned import Tuned
 
 _WEIGHTS = ("linear layers", "quantization constants", "embeddings", "head", "norms and biases")
 

@@ -31,8 +31,9 @@ from peftkit.training.holdings import held as tensors_of
 from peftkit.training.memory import is_out_of_memory, release
 from peftkit.training.sft import Stopped, train
 from peftkit.training.spec import TrainSpec
-from peftkit.tuning.inject import Tuned, inject
+from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
+from peftkit.tuning.tuned import Tuned
 
 SECONDS = 240.0
 """After so long nothing new is begun."""

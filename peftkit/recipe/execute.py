@@ -18,6 +18,7 @@ from peftkit.recipe.binding import Binding
 from peftkit.recipe.fields import with_whole_paths
 from peftkit.recipe.files import Recipe, default_name
 from peftkit.recipe.follower import FollowerFolder
+from peftkit.recipe.keeping import described
 from peftkit.recipe.resume import how_to_resume, keep_recipe
 from peftkit.recipe.run import Interrupted, PlannedOnly, Run
 from peftkit.registry.layout import check_name
@@ -180,4 +181,4 @@ def _newest(run: RunStatus, report: Report) -> Checkpoint:
 def _kept(folder: RunFolder) -> str:
     """Where the trained adapter is when it was not published."""
     adapter = folder.path / UNPUBLISHED
-    return f"; the trained adapter is a PEFT checkpoint in {adapter}" if adapter.exists() else ""
+    return f"; the trained adapter is {described(adapter)}" if adapter.exists() else ""

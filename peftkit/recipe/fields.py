@@ -14,7 +14,7 @@ from peftkit.recipe.files import Recipe
 
 if TYPE_CHECKING:
     from peftkit.backbone.load import Backbone
-    from peftkit.tuning.inject import Tuned
+    from peftkit.tuning.tuned import Tuned
 
 
 def base_fields(backbone: Backbone) -> dict[str, Any]:
@@ -35,9 +35,9 @@ def base_fields(backbone: Backbone) -> dict[str, Any]:
 def trained_fields(tuned: Tuned, recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a manifest says about an adapter that a recipe has trained: on which base, how, from what."""
     return {
-        "kind": "peft",
+        "kind": tuned.kind,
         "base": base_fields(tuned.backbone),
-        "adapter": {**tuned.spec.model_dump(), "trainable_parameters": tuned.trainable_parameters},
+        "adapter": {**tuned.spec.record(), "trainable_parameters": tuned.trainable_parameters},
         "recipe": {
             "name": recipe.name,
             "sha256": recipe.sha256,

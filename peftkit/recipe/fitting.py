@@ -36,7 +36,7 @@ def fitted(
     """
     assert target.bytes is not None  # a budget was given
     given = groups(resolved.config)
-    before = setting_of(given, lengths, target)
+    before = setting_of(architecture, given, lengths, target)
     found = fit(
         architecture,
         before,

@@ -20,6 +20,9 @@ from peftkit.recipe.groups import Groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.target import Target
 from peftkit.render import duration, number, size
+from peftkit.training.regularize.spec import RegularizeSpec
+from peftkit.tuning.layers import chosen_layers
+from peftkit.tuning.methods import AdapterSpec
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def forecast(
     architecture: Architecture, given: Groups, lengths: Lengths, target: Target, *, base_present: bool = True
 ) -> Forecast:
     """Plan memory, time and disk of a run. Raises BaseError when target_modules fit no layer."""
-    setting = setting_of(given, lengths, target)
+    setting = setting_of(architecture, given, lengths, target)
     steps = _steps(given, lengths)
     return Forecast(
         setting,
@@ -114,29 +117,32 @@ def forecast(
             base_present=base_present,
             save_total_limit=given.train.save_total_limit,
             keeps_best=given.train.eval_steps is not None,
+            cached_tokens=_cached_tokens(lengths),
             merged=True,  # what `peftkit merge` would write later; a run does not, so its disk is not checked
         ),
     )
 
 
-def setting_of(given: Groups, lengths: Lengths, target: Target) -> Setting:
-    """A recipe's settings on a target, as the plan takes them."""
-    quant, train, adapter = given.quant, given.train, given.adapter
+def setting_of(architecture: Architecture, given: Groups, lengths: Lengths, target: Target) -> Setting:
+    """A recipe's settings on a base and a target, as the plan takes them.
+
+    Layers that thaw bit by bit count as thawed, and those that freeze as they begin. Raises TuningError for layers that
+    the base does not have.
+    """
+    quant, train = given.quant, given.train
     compute = quant.compute_dtype
     if compute == "auto":
         compute = compute_dtype(quant.bits, target.capability)[0]
     plain = compute if quant.dtype == "auto" else quant.dtype
-    modules = adapter.target_modules
     return Setting(
+        **what_is_trained(architecture, given.adapter),
+        **_what_regularizers_hold(train.regularize),
+        trunk_cache=train.trunk_cache,
         bits=quant.bits,
         double_quant=quant.double_quant,
         compute_dtype=compute,
         dtype="float32" if quant.bits == 32 else plain,
         attention="sdpa" if quant.attention == "auto" else quant.attention,
-        method=adapter.method,
-        r=adapter.r,
-        lora_dropout=adapter.lora_dropout,
-        target_modules="all-linear" if modules == "all-linear" else tuple(modules),
         rows_per_step=train.rows_per_step,
         micro_batch=train.per_device_train_batch_size,
         gradient_checkpointing=train.gradient_checkpointing,
@@ -149,6 +155,33 @@ def setting_of(given: Groups, lengths: Lengths, target: Target) -> Setting:
         max_new_tokens=given.evaluate.max_new_tokens if given.evaluate.max_generated_rows else 0,
         device=target.device,
     )
+
+
+def what_is_trained(architecture: Architecture, adapter: AdapterSpec) -> dict[str, Any]:
+    """The fields of a Setting that say what is trained; those that the method does not have stay at their defaults."""
+    modules, layers = adapter.target_modules, adapter.layers
+    chosen: str | tuple[int, ...] = "all"
+    if layers not in (None, "all"):
+        chosen = tuple(sorted(chosen_layers(layers, architecture.layers)))
+    values = {
+        "r": adapter.init_r or adapter.r,  # AdaLoRA begins with more
+        "lora_dropout": adapter.lora_dropout,
+        "target_modules": tuple(modules) if isinstance(modules, list) else None,
+        "feedforward_modules": tuple(adapter.feedforward_modules or ()),
+        "top_layers": adapter.top_layers,
+        "train_head": adapter.train_head,
+        "patterns": tuple(adapter.patterns or ()),
+        "oft_block_size": adapter.oft_block_size,
+        "decompose_factor": adapter.decompose_factor,
+        "num_virtual_tokens": adapter.num_virtual_tokens,
+        "trained_tokens": len(adapter.tokens or ()),
+    }
+    return {"method": adapter.method, "layers": chosen} | {n: value for n, value in values.items() if value is not None}
+
+
+def _what_regularizers_hold(regularize: RegularizeSpec) -> dict[str, Any]:
+    copies = int(bool(regularize.l2_sp or regularize.mixout))
+    return {"row_copies": 2 if regularize.r_drop else 1, "starts": copies, "mixout": regularize.mixout > 0}
 
 
 def changes(given: Groups, before: Setting, after: Setting) -> dict[str, Any]:
@@ -192,9 +225,13 @@ def _workload(given: Groups, lengths: Lengths, steps: int | None) -> Workload:
     between = (steps or 0) // given.train.eval_steps if given.train.eval_steps else 0
     baselines = 2 + bool(evaluate.instructions) + bool(evaluate.shots)
     answers = min(evaluate.max_generated_rows, lengths.held_out_rows)
-    return Workload(
-        steps or 0, lengths.mean, baselines + between, lengths.held_out_rows, lengths.held_out_mean, answers
-    )
+    measured, tokens = lengths.held_out_rows, lengths.held_out_mean
+    return Workload(steps or 0, lengths.mean, baselines + between, measured, tokens, answers, lengths.rows or 0)
+
+
+def _cached_tokens(lengths: Lengths) -> int:
+    """Tokens of all rows: a trunk's cache holds those that are trained on and those that are measured."""
+    return int((lengths.rows or 0) * lengths.mean + lengths.held_out_rows * lengths.held_out_mean)
 
 
 def _between(range_: Any) -> str:

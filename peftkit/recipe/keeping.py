@@ -11,7 +11,7 @@ from peftkit.events import Report, Warned
 from peftkit.runs import RunFolder
 
 if TYPE_CHECKING:
-    from peftkit.tuning.inject import Tuned
+    from peftkit.tuning.tuned import Tuned
 
 
 def keep_json(folder: RunFolder, name: str, value: Any, report: Report) -> None:
@@ -34,6 +34,13 @@ def keep_adapter(tuned: Tuned, target: Path, report: Report) -> Path | None:
         shutil.rmtree(target, ignore_errors=True)
         report(Warned(f"the adapter could not be kept in {target}: {error}", "free some space on that disk"))
         return None
+
+
+def described(folder: Path) -> str:
+    """What lies in the folder of a kept adapter, in words, and how the registry takes it over."""
+    if (folder / "tensors.safetensors").exists():
+        return f"trained tensors in {folder}, which peftkit import takes with --base"
+    return f"a PEFT checkpoint in {folder}"
 
 
 def needed(payload: Path | None) -> Path:

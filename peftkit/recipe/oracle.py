@@ -25,7 +25,7 @@ from peftkit.data.chat import Example
 from peftkit.generation.forward import autocast, pad
 from peftkit.recipe.verdict import Check, held
 from peftkit.training.step import Step
-from peftkit.tuning.inject import Tuned
+from peftkit.tuning.tuned import Tuned
 
 CPU = torch.device("cpu")
 TIMES = 4
@@ -70,7 +70,7 @@ class Passes:
 
 def twin(tuned: Tuned) -> Any:
     """The model in float64 on the CPU; nothing of it goes through bitsandbytes or PEFT."""
-    base = tuned.model.get_base_model()
+    base = tuned.inner
     # deepcopy takes what it finds in `memo` for a copy that was made already.
     memo: dict[int, Any] = {id(layer): Product(layer) for layer in adapted(tuned).values()}
     made = copy.deepcopy(base, memo)
@@ -81,7 +81,7 @@ def twin(tuned: Tuned) -> Any:
 
 def adapted(tuned: Tuned) -> dict[str, Any]:
     """The layers with an adapter, by their name in the base."""
-    modules = tuned.model.get_base_model().named_modules()
+    modules = tuned.inner.named_modules()
     return {name: module for name, module in modules if hasattr(module, "lora_A") and hasattr(module, "base_layer")}
 
 

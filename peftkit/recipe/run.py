@@ -17,7 +17,7 @@ from peftkit.process_group import launched
 from peftkit.recipe.binding import Binding
 from peftkit.recipe.fields import trained_fields, with_whole_paths
 from peftkit.recipe.files import Recipe, default_name
-from peftkit.recipe.keeping import keep_adapter, keep_json, needed
+from peftkit.recipe.keeping import described, keep_adapter, keep_json, needed
 from peftkit.recipe.resume import how_to_resume
 from peftkit.recipe.showing import report_comparison
 from peftkit.registry.manifest import Draft
@@ -27,7 +27,6 @@ from peftkit.runs import RunFolder
 from peftkit.runs.contents import CHECKPOINTS, INTERRUPTED, UNPUBLISHED
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` does not need it
-    from peftkit.backbone.load import Backbone
     from peftkit.backbone.spec import QuantSpec
     from peftkit.base.ref import BaseSpec, LocatedBase
     from peftkit.data.audit import Audit, DataSpec
@@ -37,8 +36,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` d
     from peftkit.training.checkpoint import Checkpoint
     from peftkit.training.sft import Trained
     from peftkit.training.spec import TrainSpec
-    from peftkit.tuning.inject import Tuned
     from peftkit.tuning.methods import AdapterSpec
+    from peftkit.tuning.tuned import Tuned
 
 
 class Interrupted(RunError):
@@ -125,44 +124,26 @@ class Run:
 
         A dry run ends here. Raises OutOfMemory for a plan that cannot fit, RunError for a disk without room.
         """
-        from peftkit.backbone.load import load_backbone
         from peftkit.recipe.ahead import Ahead
         from peftkit.recipe.groups import groups_with
         from peftkit.recipe.target import this_machine
+        from peftkit.recipe.tune import load_tuned, to_train
         from peftkit.training.schedule import schedule
-        from peftkit.tuning.attach import resume_adapter
-        from peftkit.tuning.inject import inject
 
-        data = self._audited()
-        given = groups_with(self.resolved.config, base=base, quant=quant, adapter=adapter, train=train)
-        assert self._located is not None  # audit has found the base
-        ahead = Ahead(
-            given,
-            self._located,
-            data,
-            schedule(data.train.examples, train),
-            self.target or this_machine(quant),
-            self.folder,
-            self.registry.root,
-            self.start is not None,
-            self.report,
-        )
-        plan = ahead.plan()
+        data, rows = self._audited(), self._audited().train.examples
+        # The settings of a resumed run come from its folder, defaults included; they were agreed when it began.
         parent = self.registry.resolve(init_from) if init_from else None
-        backbone: Backbone = load_backbone(base, quant, self.cache, report=self.report, located=self._located)
-        if parent is not None:
-            self.report(Note(f"continuing from {parent.reference}"))
-            # The settings of a resumed run come from its folder, defaults included; they were agreed when it began.
-            sources = {} if self.start else self.resolved.sources
-            asked = [key.removeprefix("adapter.") for key, source in sources.items() if source != "default"]
-            asked = [key for key in asked if key in type(adapter).model_fields]
-            tuned = resume_adapter(
-                backbone, parent, adapter, asked=asked, other_base=self.other_base, report=self.report
-            )
-        else:
-            tuned = inject(backbone, adapter, report=self.report)
+        what = to_train(adapter, quant, parent, {} if self.start else self.resolved.sources)
+        given = groups_with(self.resolved.config, base=base, quant=quant, adapter=what.adapter, train=train)
+        assert self._located is not None  # audit has found the base
+        steps, target = schedule(rows, train), self.target or this_machine(quant)
+        places = self.folder, self.registry.root
+        ahead = Ahead(given, self._located, data, steps, target, *places, self.start is not None, self.report)
+        plan = ahead.plan()
+        options: dict[str, Any] = {"other_base": self.other_base, "report": self.report}
+        tuned = load_tuned(what, base, self._located, rows, self.cache, **options)
         if self.binding is not None:
-            self.binding.base(backbone)
+            self.binding.base(tuned.backbone)
         if self.start is None and not launched().sharded:  # what FSDP would spread is still whole, and not in place
             ahead.probe(tuned, plan)
         if self.folder is None:
@@ -202,7 +183,7 @@ class Run:
                 raise
             kept = keep_adapter(tuned, folder.path / INTERRUPTED, self.report)
             what = str(stop) or "interrupted in the middle of a step"
-            where = f"; the adapter as it was is a PEFT checkpoint in {kept}" if launched().leads and kept else ""
+            where = f"; the adapter as it was is {described(kept)}" if launched().leads and kept else ""
             raise Interrupted(f"training was {what}{where}", hint=how_to_resume(folder, self.registry.root)) from None
         keep_adapter(tuned, folder.path / UNPUBLISHED, self.report)  # whatever happens while measuring
         self.figures["training"] = {**asdict(trained), "tokens_per_second": trained.tokens_per_second}

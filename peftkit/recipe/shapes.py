@@ -24,7 +24,7 @@ from peftkit.render import size
 from peftkit.training.memory import checkpoint_activations, is_out_of_memory, release
 from peftkit.training.probe import Probe, probe
 from peftkit.training.spec import TrainSpec
-from peftkit.tuning.inject import Tuned
+from peftkit.tuning.tuned import Tuned
 
 ANSWER = 8
 """Tokens that the probe generates for every answer."""
@@ -136,7 +136,7 @@ def _tried(tuned: Tuned, shape: Shape, given: Groups, vocabulary: int) -> Probe:
 
 @contextmanager
 def _checkpointing(tuned: Tuned, on: bool) -> Iterator[None]:
-    base = tuned.model.get_base_model()
+    base = tuned.inner
     if on:
         with quiet():
             checkpoint_activations(tuned)

@@ -12,6 +12,7 @@ from typing import Any
 from peftkit.deltas.combining.combine import Combined, combine
 from peftkit.deltas.combining.methods import How
 from peftkit.deltas.delta import LowRank
+from peftkit.deltas.reading.kinds import Replaced
 from peftkit.deltas.spectrum import norm
 from peftkit.errors import DeltaError
 from peftkit.events import Note, Report, Warned, silent
@@ -49,6 +50,7 @@ def combine_adapters(
     runs: Path,
     rank: int | None = None,
     max_residual: float = 0.05,
+    drop: bool = False,
     keep: GateSettings | None = None,
     search: SearchSettings | None = None,
     judging: Judging | None = None,
@@ -60,15 +62,17 @@ def combine_adapters(
 
     With `search`, the weights given are replaced by the best ones found on every other held-out row, and the gate
     judges on the rest. With `keep`, nothing is published unless every parent's task passes. The same adapters,
-    settings and seed give the same payload, byte for byte. Raises BaseMismatch for adapters of different bases,
-    DeltaError for what cannot be combined, for missing rows that gate or search need, and for a failed gate.
+    settings and seed give the same payload, byte for byte. `drop` leaves out what no LoRA adapter can hold. Raises
+    BaseMismatch for adapters of different bases, DeltaError for what cannot be combined, for missing rows that gate or
+    search need, and for a failed gate.
     """
     judging = judging or Judging()
     _check_asked(save_as, aliases, keep, search, judging)
     parents = open_parents(registry, [reference for reference, _ in weighted], cache, base=base, report=report)
     if save_as in {version.name for version in parents.versions}:
         report(Warned(f"{save_as} is one of the adapters that are combined: its `latest` will be the combination"))
-    bench = _Bench([name for name, _ in weighted], parents, how, rank, max_residual, cache, judging, report)
+    limits = {"rank": rank, "max_residual": max_residual, "drop": drop}
+    bench = _Bench([name for name, _ in weighted], parents, how, limits, cache, judging, report)
     weights = [weight for _, weight in weighted]
     rows = bench.rows(runs) if keep or search else {}
     chosen, judged = _divided(rows, search is not None)
@@ -77,6 +81,7 @@ def combine_adapters(
         weights = list(searched.best.weights)
     combined = bench.combined(weights)
     _check_left(combined, parents)
+    _tell_packed(combined, parents, report)
     found = bench.gate(combined, judged, keep) if keep else None
     version = _publish(registry, save_as, parents, combined, found, searched, aliases)
     report(Note(f"{version.reference}: {how.method} of {len(weights)} adapters"))
@@ -117,6 +122,18 @@ def _check_left(combined: Combined, parents: Parents) -> None:
         )
 
 
+def _tell_packed(combined: Combined, parents: Parents, report: Report) -> None:
+    """Warn where layers that training held unquantized are packed again under the LoRA that stands for them."""
+    whole = [tensor for tensor, kind in combined.converted.items() if kind == Replaced.kind]
+    quantization = parents.quantization or {}
+    if whole and quantization.get("bits") in (4, 8):
+        fact = (
+            f"{len(whole)} tensors were trained unquantized, and their ΔW counts from the base's original numbers: "
+            f"over {quantization.get('label')} weights the LoRA lies beside packed ones"
+        )
+        report(Warned(fact, "use it with --bits 16, or let --gate measure it over the packed weights"))
+
+
 class _Bench:
     """Parents, their base in memory when something is measured, and the settings of one combination."""
 
@@ -125,15 +142,13 @@ class _Bench:
         named: Sequence[str],
         parents: Parents,
         how: How,
-        rank: int | None,
-        max_residual: float,
+        limits: Mapping[str, Any],
         cache: Path,
         judging: Judging,
         report: Report,
     ) -> None:
         self.named, self.parents, self.how = named, parents, how
-        self.rank, self.max_residual = rank, max_residual
-        self.cache, self.judging, self.report = cache, judging, report
+        self.limits, self.cache, self.judging, self.report = limits, cache, judging, report
         self._host: Attached | None = None
 
     @property
@@ -146,8 +161,7 @@ class _Bench:
     def combined(self, weights: Sequence[float], report: Report | None = None) -> Combined:
         """The combination with these weights."""
         p = self.parents
-        limits: dict[str, Any] = {"rank": self.rank, "max_residual": self.max_residual}
-        return combine(p.deltas, weights, self.how, p.base, report=report or self.report, **limits)
+        return combine(p.deltas, weights, self.how, p.base, report=report or self.report, **self.limits)
 
     def rows(self, runs: Path) -> dict[str, HeldOut]:
         """Every parent's held-out rows. Raises DeltaError, naming all that are missing."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from peftkit.release.judging import Judging
 from peftkit.release.measured import NotMeasured
 from peftkit.release.parents import Parents, open_parents
 from peftkit.release.recommend import Onto, Recommendation, needs_choice, recommend_onto
+from peftkit.release.repaired import check_onto, repairs
 from peftkit.release.rows import HeldOut, rows_by_version
 
 
@@ -63,11 +64,13 @@ def plan_adapters(
 ) -> tuple[MergePlan, MergeSettings]:
     """What a merge would change, write and need; nothing is written or measured. Raises what `merge_adapters` does.
 
-    Where `onto` is open, the figures are those of `original`.
+    Where `onto` is open, the figures are those of `original`, or of `dequantized` where LoftQ began an adapter.
     """
     _check_asked(registry, order, out)
     parents = open_parents(registry, order.names, cache, base=order.base, report=report)
-    settings = MergeSettings(onto=order.onto or "original", **order.written)
+    check_onto(registry, parents.versions, order.onto)
+    open_onto: Onto = "dequantized" if repairs(registry, parents.versions) else "original"
+    settings = MergeSettings(onto=order.onto or open_onto, **order.written)
     trained_on = parents.quantization
     return plan_merge(parents.located, _deltas(parents, order), out, settings, trained_on=trained_on), settings
 
@@ -92,7 +95,12 @@ def merge_adapters(
     _check_asked(registry, order, out)
     judging = judging or Judging()
     parents = open_parents(registry, order.names, cache, base=order.base, report=report)
+    check_onto(registry, parents.versions, order.onto)
     rows = rows_by_version(judging.rows, order.names, parents.versions, runs)
+    repaired = repairs(registry, parents.versions)
+    if repaired is not None and order.onto is None:
+        order = replace(order, onto="dequantized")
+        report(Decision("merge onto", "dequantized", f"{repaired} repairs their error, which original weights lack"))
     onto, recommended = _onto(parents, order, rows, cache, judging, report)
     settings = MergeSettings(onto=onto, **order.written)
     named = list(zip(parents.references, order.weights, strict=True))

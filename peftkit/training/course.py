@@ -17,14 +17,15 @@ from peftkit.generation.forward import autocast, row_nll
 from peftkit.training import random_state
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.journal import Journal
-from peftkit.training.memory import checkpoint_activations, is_out_of_memory, release
+from peftkit.training.memory import checkpoint_activations, is_out_of_memory, leave_inputs_alone, release
 from peftkit.training.parallel import gathered, spread
 from peftkit.training.stop import StopRequest
 from peftkit.training.trainer import StepTrainer
 
 _PER_RUN = 10
 """Checkpoints in a run that does not say how often."""
-_MEASURED_AT_ONCE = 8
+MEASURED_AT_ONCE = 8
+"""Held-out rows that go through the model at once."""
 
 
 class Course(TrainerCallback):  # type: ignore[misc]
@@ -65,6 +66,8 @@ class Course(TrainerCallback):  # type: ignore[misc]
         self.trainer.journal = Journal(**start.state["journal"])
         self.trainer.watchdog.restore(self.journal.watchdog)
         self._set_adapter(start.state["adapter"])
+        if self.trainer.allocator is not None:
+            self.trainer.allocator.restore(start.state["allocator"])
         if self.checkpoints is not None:
             self.checkpoints.forget_after(start.step)
         if self.journal.gradient_checkpointing and not self.trainer.spec.gradient_checkpointing:
@@ -74,6 +77,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set optimizer, schedule and position to those of the checkpoint."""
         state.global_step = self.journal.step
+        leave_inputs_alone(self.trainer.tuned)  # Trainer has switched checkpointing on
         if self._start is None:
             if self._team.rank:  # or all processes would drop the same activations
                 set_seed(self.trainer.spec.seed + self._team.rank)
@@ -89,6 +93,11 @@ class Course(TrainerCallback):  # type: ignore[misc]
         if self._random is not None:
             random_state.restore(self._random, self.trainer.tuned.backbone.device)
             self._random = None
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The optimizer has used the step's gradients, and they are still there: AdaLoRA scores its ranks by them."""
+        if self.trainer.allocator is not None:
+            self.trainer.allocator.allocate(self.journal.step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The optimizer has used the step's gradients: count it, measure, keep, and stop where that is due."""
@@ -150,7 +159,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
 
     def _held_out_nll(self) -> float:
         """Mean NLL in nats of the held-out answer tokens; fewer rows at once where the memory asks for it."""
-        trainer, backbone, size = self.trainer, self.trainer.tuned.backbone, _MEASURED_AT_ONCE
+        trainer, backbone, size = self.trainer, self.trainer.tuned.backbone, MEASURED_AT_ONCE
         trainer.tuned.model.eval()
         while True:
             try:
@@ -197,6 +206,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
             "adapter": gathered(trainer.tuned.trainable),
             "optimizer": gathered(trainer.optimizer.state_dict()),
             "scheduler": trainer.lr_scheduler.state_dict(),
+            "allocator": trainer.allocator.state() if trainer.allocator is not None else None,
             "random": self._team.gather(random_state.capture(trainer.tuned.backbone.device)),
         }
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from peftkit.tuning.depth import find_blocks
+
 
 def held(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Every tensor that a model holds: parameters, buffers, and what hangs on them or on modules as attributes.
@@ -46,18 +48,19 @@ def states(optimizer: torch.optim.Optimizer | None) -> Iterator[torch.Tensor]:
 class Parts:
     """Which part of a language model a module belongs to: embeddings, blocks, head, or the rest.
 
-    Blocks are the items of the longest ModuleList; embeddings and head are those that the model names.
+    Blocks are those of `tuning.depth`; embeddings and head are those that the model names.
     """
 
     names = ("embeddings", "blocks", "head", "rest", "outside")
 
     def __init__(self, model: torch.nn.Module) -> None:
+        path, _ = find_blocks(model)
         names = {id(module): name for name, module in model.named_modules()}
-        lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-        modules: dict[str, Any] = {"blocks": max(lists, key=len, default=None)}
+        self.prefixes = {"blocks": path} if path else {}
         for part, getter in (("embeddings", "get_input_embeddings"), ("head", "get_output_embeddings")):
-            modules[part] = getattr(model, getter, lambda: None)()
-        self.prefixes = {part: names[id(module)] for part, module in modules.items() if id(module) in names}
+            found = names.get(id(getattr(model, getter, lambda: None)()))
+            if found is not None:
+                self.prefixes[part] = found
 
     def of(self, module: str | None) -> str:
         """The part that a module's qualified name is in; `outside` for None."""

@@ -18,7 +18,7 @@ from peftkit.events import Report, Warned
 from peftkit.training.journal import Journal
 from peftkit.training.parallel import all_there
 from peftkit.training.step import Step, StepResult
-from peftkit.tuning.inject import Tuned
+from peftkit.tuning.tuned import Tuned
 
 
 def within_memory(
@@ -67,20 +67,29 @@ def release(device: torch.device) -> None:
 
 
 def checkpoint_activations(tuned: Tuned) -> None:
-    """Switch gradient checkpointing on, as Trainer does."""
-    base = tuned.model.get_base_model()
+    """Switch gradient checkpointing on; the backward pass ends at the lowest trained tensor, as without it."""
+    base = tuned.inner
     with quiet():  # Trainer calls these names still; transformers 5.23 has begun to rename them
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base.enable_input_require_grads()
+    leave_inputs_alone(tuned)
+
+
+def leave_inputs_alone(tuned: Tuned) -> None:
+    """Let the embeddings' output require a gradient only where something below it trains.
+
+    Upstream makes it require one whenever checkpointing is switched on, which the reentrant kind needs. Ours is not,
+    and the backward pass would go through every frozen block down to the embeddings for nothing.
+    """
+    tuned.inner.disable_input_require_grads()
 
 
 def keep_activations(tuned: Tuned) -> None:
     """Switch gradient checkpointing off again, if it is on."""
-    base = tuned.model.get_base_model()
+    base = tuned.inner
     if base.is_activation_checkpointing:
         with quiet():
             base.gradient_checkpointing_disable()
-        base.disable_input_require_grads()
+        leave_inputs_alone(tuned)
 
 
 def _beyond_repeating(step: Step, journal: Journal) -> OutOfMemory:
@@ -101,21 +110,24 @@ def _concede(step: Step, journal: Journal, tuned: Tuned, report: Report) -> None
     if tried > 1:
         journal.micro_batch = (tried + 1) // 2
         change = f"with {journal.micro_batch} at once, and so from here on"
-    elif not journal.gradient_checkpointing:
+    elif not journal.gradient_checkpointing and not getattr(tuned.model, "fills_the_cache", False):
         journal.gradient_checkpointing = True
         checkpoint_activations(tuned)
         change = "with gradient checkpointing, and so from here on"
     else:
+        how = ", and with checkpointing" if journal.gradient_checkpointing else ""
         raise OutOfMemory(
-            f"out of memory in step {journal.step + 1} with a single row of {longest:,} tokens, and with checkpointing",
+            f"out of memory in step {journal.step + 1} with a single row of {longest:,} tokens{how}",
             expected="room for the longest row",
             hint="lower data.max_length, or hold the base in fewer bits (quant.bits=4)",
         )
     kept = f"the effective batch stays {len(step.rows)} rows"
-    report(Warned(f"{fact}: the step is repeated {change}; {kept}{_draw(tuned)}"))
+    report(Warned(f"{fact}: the step is repeated {change}; {kept}{_draw(step, tuned)}"))
 
 
-def _draw(tuned: Tuned) -> str:
+def _draw(step: Step, tuned: Tuned) -> str:
+    if step.objective.draws:
+        return ". Its random draws are not those of an undisturbed run"
     drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in tuned.model.modules())
     return ". Its dropout draw is not the one of an undisturbed run" if drops else ""
 

@@ -18,9 +18,10 @@ from peftkit.generation.engine import generate
 from peftkit.generation.forward import autocast, row_nll
 from peftkit.training import random_state
 from peftkit.training.memory import checkpoint_activations, keep_activations, release
+from peftkit.training.objective import objective
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step
-from peftkit.tuning.inject import Tuned
+from peftkit.tuning.tuned import Tuned
 
 _ANSWER_TOKENS = 8
 _SAMPLES_PER_SECOND = 200
@@ -76,7 +77,8 @@ def probe(
     try:
         longest = _longest(examples, min(spec.per_device_train_batch_size, spec.rows_per_step))
         with _as_in_training(tuned, spec) as around:
-            step = _measured(device, lambda: _step(tuned, longest, around), sum(len(row.input_ids) for row in longest))
+            tokens = sum(len(row.input_ids) for row in longest)
+            step = _measured(device, lambda: _step(tuned, spec, longest, around), tokens)
         rows = _longest(held_out, evaluation_batch)
         likelihood = answered = None
         tuned.model.eval()
@@ -111,7 +113,9 @@ def _as_in_training(tuned: Tuned, spec: TrainSpec) -> Iterator[contextlib.Abstra
         keep_activations(tuned)
 
 
-def _step(tuned: Tuned, rows: Sequence[Example], around: contextlib.AbstractContextManager[Any]) -> None:
+def _step(
+    tuned: Tuned, spec: TrainSpec, rows: Sequence[Example], around: contextlib.AbstractContextManager[Any]
+) -> None:
     backbone = tuned.backbone
     tuned.model.train()
     step = Step(
@@ -120,6 +124,7 @@ def _step(tuned: Tuned, rows: Sequence[Example], around: contextlib.AbstractCont
         pad_id=backbone.tokenizer.pad_id,
         device=backbone.device,
         forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
+        objective=objective(tuned, spec.regularize),
     )
     with around:
         step.run(len(rows))

@@ -16,16 +16,21 @@ from peftkit.backbone.shard import shard, whole
 from peftkit.data.chat import Example
 from peftkit.errors import OutOfMemory, TrainingError
 from peftkit.events import Note, Phase, Report, Warned, silent
+from peftkit.locations import cache_root
 from peftkit.training.bound import rows_digest
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
-from peftkit.training.course import Course
+from peftkit.training.course import MEASURED_AT_ONCE, Course
 from peftkit.training.memory import is_out_of_memory, keep_activations, peak_bytes, reset_peak
 from peftkit.training.parallel import Team, digest, team
-from peftkit.training.schedule import schedule
+from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.spec import TrainSpec
 from peftkit.training.stop import StopRequest
+from peftkit.training.suited import check_suited
 from peftkit.training.trainer import Log, StepTrainer
-from peftkit.tuning.inject import Tuned
+from peftkit.training.trunk.cached import cached_trunk, check_cached
+from peftkit.training.trunk.passes import measuring_passes, training_passes
+from peftkit.training.unfreezing import thaw
+from peftkit.tuning.tuned import Tuned
 
 
 @dataclass(frozen=True)
@@ -67,23 +72,26 @@ def train(
     checkpoints: Checkpoints | None = None,
     start: Checkpoint | None = None,
     bound_to: Mapping[str, Any] | None = None,
+    cache: Path | None = None,
     report: Report = silent,
     log: Log = lambda step, figures: None,
 ) -> Trained:
     """Train the adapter on `examples`, from the beginning or from the checkpoint `start`.
 
-    `log` receives the figures of every step; `bound_to` is kept in every checkpoint. Raises TrainingError for a loss
-    that is not finite or float16 compute, OutOfMemory when not even one row fits, Stopped after SIGINT or SIGTERM.
+    `log` receives the figures of every step; `bound_to` is kept in every checkpoint; `cache` is the folder for
+    train.trunk_cache, by default the user's. Raises TrainingError for a loss that is not finite or float16 compute,
+    OutOfMemory when not even one row fits, Stopped after SIGINT or SIGTERM.
     """
     _check(tuned, spec, held_out)
+    check_suited(tuned, spec)
     plan = schedule(examples, spec)
     _warn_of_no_measurement(spec, len(plan), report)
     together = team()
     _check_team(together, spec)
     facts = {"settings": spec.model_dump(), "rows": rows_digest(examples), "base": tuned.backbone.identity.fingerprint}
     together.agree({**facts, "adapter at the start": digest(tuned.trainable)})
-    with _model_as_it_was(tuned):
-        trainer = StepTrainer(tuned, examples, plan, spec, folder, report, log, together)
+    with _model_as_it_was(tuned), _trained_part(tuned, examples, plan, held_out, spec, together, cache, report) as part:
+        trainer = StepTrainer(part, examples, plan, spec, folder, report, log, together)
         if together.sharded:
             shard(tuned.model, tuned.backbone.device, together.size, reshard=together.group.reshard)
         with StopRequest(report) as stop:
@@ -120,6 +128,29 @@ def train(
     )
 
 
+@contextmanager
+def _trained_part(
+    tuned: Tuned,
+    examples: Sequence[Example],
+    plan: Schedule,
+    held_out: Sequence[Example],
+    spec: TrainSpec,
+    together: Team,
+    cache: Path | None,
+    report: Report,
+) -> Iterator[Tuned]:
+    """All of the model, or with train.trunk_cache what is above the cached trunk."""
+    if not spec.trunk_cache:
+        yield tuned
+        return
+    check_cached(spec, together, sum(map(len, plan.steps)) / len(examples), report)
+    passes = training_passes(examples, plan, spec.per_device_train_batch_size)
+    if spec.eval_steps:
+        passes += measuring_passes(held_out, tuned.model, MEASURED_AT_ONCE)
+    with cached_trunk(tuned, passes, cache or cache_root().path, spec.regularize.dropout, report) as part:
+        yield part
+
+
 def _warn_of_no_measurement(spec: TrainSpec, steps: int, report: Report) -> None:
     if spec.eval_steps and spec.eval_steps > steps:
         fact = f"train.eval_steps={spec.eval_steps} is more than the run's {steps} steps: nothing is measured in it"
@@ -144,7 +175,7 @@ def _run(trainer: StepTrainer) -> None:
 @contextmanager
 def _model_as_it_was(tuned: Tuned) -> Iterator[None]:
     """Undo what Trainer does to a model: it writes use_cache and special tokens, and switches checkpointing on."""
-    base = tuned.model.get_base_model()
+    base = tuned.inner
     configs = [(c, dict(vars(c))) for c in (base.config, base.config.get_text_config(), base.generation_config)]
     try:
         yield
@@ -153,6 +184,7 @@ def _model_as_it_was(tuned: Tuned) -> Iterator[None]:
             vars(config).clear()
             vars(config).update(before)
         keep_activations(tuned)
+        thaw(tuned)
         tuned.model.eval()
 
 

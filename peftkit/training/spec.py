@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from peftkit.config import Spec
+from peftkit.training.layerwise import FreezeOutSpec, LayerwiseSpec, UnfreezeSpec
+from peftkit.training.regularize.spec import RegularizeSpec
 
 
 class TrainSpec(Spec):
@@ -18,12 +20,18 @@ class TrainSpec(Spec):
     """Stop after so many optimizer steps, whatever the epochs say."""
     max_tokens: int | None = Field(default=None, gt=0)
     """Stop before the step that would exceed so many training tokens."""
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak rate."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the rate falls after warm-up."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak rate; None takes the one of the method that is trained."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "slanted_triangular"] = "cosine"
+    """How the rate falls after warm-up; slanted_triangular is ULMFiT's, which rises in the first tenth of the run."""
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
+    layerwise: LayerwiseSpec = LayerwiseSpec()
+    """Other rates for lower layers."""
+    unfreeze: UnfreezeSpec = UnfreezeSpec()
+    """Begin with some of the layers, and add the others bit by bit."""
+    freezeout: FreezeOutSpec = FreezeOutSpec()
+    """Freeze the lower layers before the upper ones."""
     per_device_train_batch_size: int = Field(default=8, gt=0)
     """Rows that go through the model at once."""
     gradient_accumulation_steps: int = Field(default=1, gt=0)
@@ -32,6 +40,8 @@ class TrainSpec(Spec):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: bool = False
     """Keep activations in host memory between forward and backward pass: less GPU memory, more time; needs CUDA."""
+    trunk_cache: bool = False
+    """Compute what the frozen lower layers give once per row, keep it on the disk, and train the upper layers alone."""
     optim: Literal["auto", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adamw_8bit", "sgd"] = "auto"
     """auto takes a paged 8-bit AdamW on CUDA over quantized weights, AdamW otherwise."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -48,6 +58,8 @@ class TrainSpec(Spec):
     """Checkpoints kept: the last so many, and the best measured one."""
     report_to: list[str] = []
     """Trackers of transformers to send figures to; none by default."""
+    regularize: RegularizeSpec = RegularizeSpec()
+    """What is added against overfitting and forgetting; all of it is off by default."""
     seed: int = 0
     """Seed of data order and dropout."""
 
@@ -57,10 +69,39 @@ class TrainSpec(Spec):
             raise ValueError("early_stopping_patience needs eval_steps: nothing is measured during training")
         return self
 
+    @model_validator(mode="after")
+    def _a_cached_trunk_is_not_changed(self) -> Self:
+        if self.trunk_cache and self.regularize.on_embeddings:
+            name = f"regularize.{self.regularize.on_embeddings[0]}"
+            raise ValueError(f"trunk_cache and {name} exclude each other: what lies below is computed once")
+        return self
+
+    @model_validator(mode="after")
+    def _no_rate_is_ignored(self) -> Self:
+        given = {
+            name: getattr(self, name)
+            for name in ("lr_scheduler_type", "warmup_ratio")
+            if getattr(self, name) != type(self).model_fields[name].default
+        }
+        if self.freezeout.t_0 is not None:
+            if self.unfreeze.direction != "none":
+                raise ValueError("freezeout.t_0 and unfreeze.direction are two orders of freezing: set one of them")
+            if given:
+                raise ValueError(f"freezeout.t_0 brings a schedule of its own, and {_words(given)} would be ignored")
+        if self.lr_scheduler_type == "slanted_triangular" and "warmup_ratio" in given:
+            raise ValueError(
+                f"slanted_triangular warms up in the first tenth, and warmup_ratio={self.warmup_ratio} would be ignored"
+            )
+        return self
+
     @property
     def rows_per_step(self) -> int:
         """The effective batch."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+def _words(settings: dict[str, Any]) -> str:
+    return " and ".join(f"{name}={value}" for name, value in settings.items())
 
 
 # Sized by arithmetic, not yet run on such cards: with a vocabulary of 150,000 the logits of one training row of 1,024

@@ -16,9 +16,10 @@ import torch
 
 from peftkit.data.chat import IGNORED
 from peftkit.errors import TrainingError
-from peftkit.generation.forward import Labelled, by_length, pad, token_nll
+from peftkit.generation.forward import Labelled, by_length, pad
 from peftkit.process_group import ProcessGroup
 from peftkit.training import random_state
+from peftkit.training.objective import Objective, Work
 from peftkit.training.parallel import Team
 
 
@@ -50,8 +51,10 @@ class Step:
         backward: Callable[[torch.Tensor], None] | None = None,
         forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
         team: Team | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.model = model
+        self.objective = objective or Objective()
         self.rows = rows
         self.team = team or Team(ProcessGroup())
         self._shares = self.team.shares([len(row.input_ids) for row in rows])
@@ -84,14 +87,11 @@ class Step:
         total = 0.0
         batches = [[self.share[i] for i in indices] for indices in by_length(self.share, micro_batch_size)]
         for rows in batches:
-            nll = self._nll(rows)
-            total += float(nll.detach())
-            self.backward(nll * self.team.weight / self.answer_tokens)
-            del nll  # its graph holds what int8 layers keep on `ctx`, through the next forward pass: 8 % of the peak
+            total += self.objective.gradients(self._work(rows, self.team.weight))
         if self.team.sharded:
             shortest = min((row for row in self.rows), key=lambda row: len(row.input_ids))
             for _ in range(self.micro_batches(micro_batch_size) - len(batches)):
-                self.backward(self._nll([shortest]) * 0.0)
+                self.objective.gradients(self._work([shortest], 0))
         return total
 
     def micro_batches(self, micro_batch_size: int) -> int:
@@ -112,6 +112,7 @@ class Step:
                 hint="lower train.learning_rate, or look at these rows with `peftkit data preview`",
             )
         self.team.add_gradients(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        self.objective.finish()
         tokens = sum(len(row.input_ids) for row in self.rows)
         return StepResult(loss, self.answer_tokens, tokens, self.micro_batches(micro_batch_size))
 
@@ -126,7 +127,6 @@ class Step:
             parameter.grad = None
         random_state.restore(self._random, self.device)
 
-    def _nll(self, rows: Sequence[Labelled]) -> torch.Tensor:
+    def _work(self, rows: Sequence[Labelled], weight: int) -> Work:
         batch = pad(rows, self.pad_id, self.device)
-        with self.forward():  # autocast belongs around the forward pass alone
-            return token_nll(self.model, batch).sum()
+        return Work(self.model, batch, self.forward, lambda total: self.backward(total * weight / self.answer_tokens))

@@ -28,23 +28,31 @@ from peftkit.backbone.shard import whole
 from peftkit.data.chat import Example
 from peftkit.data.rows import to_dataset
 from peftkit.errors import TrainingError
-from peftkit.events import Decision, Progress, Report, Warned
+from peftkit.events import Decision, Note, Progress, Report, Warned
 from peftkit.generation.forward import autocast
 from peftkit.process_group import ProcessGroup
+from peftkit.training.groups import Group, as_arguments, parameter_groups
 from peftkit.training.journal import Journal
-from peftkit.training.memory import peak_bytes, within_memory
+from peftkit.training.memory import leave_inputs_alone, peak_bytes, within_memory
+from peftkit.training.objective import objective
 from peftkit.training.parallel import Team
+from peftkit.training.rates import learning_rate, warmup_steps
 from peftkit.training.schedule import Schedule
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step, StepResult
+from peftkit.training.unfreezing import Unfreezing, check_freezing, spans
 from peftkit.training.watchdog import Watchdog
-from peftkit.tuning.inject import Tuned
+from peftkit.tuning.allocator import allocator
+from peftkit.tuning.depth import depths
+from peftkit.tuning.tuned import Tuned
 
 Log = Callable[[int, dict[str, float]], None]
 
 
 class StepTrainer(SFTTrainer):  # type: ignore[misc]
     """One `training_step` is one optimizer step over all its rows; `journal` tells what was done so far."""
+
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -70,7 +78,10 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         self.watchdog = Watchdog(len(plan), warmup_steps=warmup_steps(spec, len(plan)))
         self.result: StepResult | None = None
         """What the step in progress did; the journal has it once the optimizer has used it."""
-        base = tuned.model.get_base_model()
+        self.objective = objective(tuned, spec.regularize, sharded=team.sharded)
+        self.allocator = allocator(tuned, len(plan))
+        self.groups, self.unfreezing = self._by_depth()
+        base = tuned.inner
         own_forward = base.__dict__.get("forward")
         # Values, not dtypes: a float32 that went through bfloat16 and back has lost 16 bits.
         values = {name: parameter.detach().clone() for name, parameter in tuned.trainable.items()}
@@ -89,10 +100,25 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             raise TrainingError(f"the trainer cannot start: {reason}", hint=hint) from error
         finally:
             _restore(tuned, values, base, own_forward)
+            leave_inputs_alone(tuned)
         self.remove_callback(PrinterCallback)
         # Upstream's word for a model whose placement and gradients are somebody else's concern: it is not wrapped.
         self.is_distributed_loading_by_transformers = team.size > 1
         self.step_began = time.perf_counter()
+
+    def _by_depth(self) -> tuple[tuple[Group, ...], Unfreezing]:
+        """The optimizer's groups and what trains when; the rates are told where the settings do not."""
+        tuned, spec = self.tuned, self.spec
+        check_freezing(spec, sharded=self.team.sharded, allocates=self.allocator is not None)
+        if spec.learning_rate is None:
+            reason = f"none was given, and this is {tuned.spec.method}'s default"
+            self.report(Decision("learning rate", f"{learning_rate(tuned, spec):g}", reason))
+        found = depths(tuned.model)
+        groups = parameter_groups(tuned, found, spec)
+        if len(rates := sorted({group.rate for group in groups})) > 1:
+            self.report(Note(f"{len(rates)} learning rates, from {rates[0]:.3g} to {rates[-1]:.3g}"))
+        trained = spans(spec, (found.of[name] for name in tuned.names), rows=len(self.examples), steps=len(self.plan))
+        return groups, Unfreezing(tuned, found, trained, self.report)
 
     def _send_telemetry(self) -> None:
         """Nothing leaves this machine; TRL would send model, device and data source to the Hub."""
@@ -107,9 +133,31 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         """The rows of the steps that are left, one step an item, in the order of the schedule."""
         return DataLoader(_Steps(self.plan.steps[self.journal.step :]), batch_size=None, shuffle=False)
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Upstream's optimizer, over our groups: the `params` that it takes from GaLore's arguments too."""
+        if self.optimizer is None:
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = as_arguments(self.groups, self.tuned.trainable)
+            self.optimizer_cls_and_kwargs = kind, {**arguments, "params": groups}
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The rates of `training/rates.py`, for each group its own."""
+        if self.lr_scheduler is None:
+            factors = [group.factor(self.spec, num_training_steps) for group in self.groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factors)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _get_learning_rate(self) -> float:
+        """The highest rate among the parameters that train at this step."""
+        groups = self.optimizer.param_groups
+        return max(float(group["lr"]) for group in groups if any(one.requires_grad for one in group["params"]))
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one whole optimizer step's forward and backward passes; the loss is a 0-dim float32 tensor."""
         self.step_began = time.perf_counter()
+        self.unfreezing.begin(self.journal.step, self.optimizer)
         model.train()
         backbone = self.tuned.backbone
         step = Step(
@@ -120,10 +168,13 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             backward=self.accelerator.backward,
             forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
             team=self.team,
+            objective=self.objective,
         )
         self.result = within_memory(
             step, self.journal, self.tuned, self.report, around=lambda: self.maybe_activation_offload_context
         )
+        if self.allocator is not None:
+            self.allocator.penalize()
         return torch.tensor(self.result.loss, device=backbone.device)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -189,12 +240,6 @@ class _Steps(torch.utils.data.Dataset[tuple[int, ...]]):  # type: ignore[misc]
         return self.steps[index]
 
 
-def warmup_steps(spec: TrainSpec, steps: int) -> int:
-    """Steps of warm-up; the first of them has a rate of 0, so one alone would only waste a step."""
-    wanted = int(spec.warmup_ratio * steps)
-    return wanted if wanted > 1 else 0
-
-
 def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, optim: str) -> SFTConfig:
     """TRL's settings, with everything explicit that TRL or transformers would otherwise choose."""
     arguments = _Arguments(
@@ -202,9 +247,8 @@ def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, o
         max_steps=len(plan),
         per_device_train_batch_size=spec.rows_per_step,  # the loader yields a step; training/step splits it
         gradient_accumulation_steps=1,
-        learning_rate=spec.learning_rate,
-        lr_scheduler_type=spec.lr_scheduler_type,
-        warmup_steps=warmup_steps(spec, len(plan)),
+        learning_rate=learning_rate(tuned, spec),
+        lr_scheduler_type="constant",  # what the rate does is `create_scheduler`'s
         optim=optim,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,

@@ -20,12 +20,17 @@ from peftkit.base.ref import BaseSpec
 from peftkit.errors import TuningError
 from peftkit.events import Report, silent
 from peftkit.registry.store import Version
+from peftkit.tuning.configs import peft_type
 from peftkit.tuning.fit import check_bare, check_base
-from peftkit.tuning.inject import Tuned
-from peftkit.tuning.methods import AdapterSpec
+from peftkit.tuning.initial_pissa import freeze_halves
+from peftkit.tuning.methods import METHODS, AdapterSpec
+from peftkit.tuning.partial import inject_partial
 from peftkit.tuning.resident import Resident, Spares, check_config_of, explained, inject_stored
+from peftkit.tuning.skeleton import skeleton
 from peftkit.tuning.snapshot import Snapshot
 from peftkit.tuning.stored import Stored, read
+from peftkit.tuning.tensors import fits
+from peftkit.tuning.tuned import Tuned, trained_names
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ def resume_adapter(
 ) -> Tuned:
     """Load a version as trainable, to continue from it; it becomes the parent in the lineage.
 
-    `asked` names the fields of `spec` that the user set; without it, those that differ from their default. Raises
+    `asked` names the fields of `spec` that the user set; without it, those that were given to it. Raises
     TuningError when they ask for another adapter than the parent's: its shape is fixed by its tensors.
     """
     stored = read(version)
@@ -168,7 +173,12 @@ def resume_adapter(
     _check_trained_here(stored)
     receipts = check_base(version, backbone, other_base=other_base, report=report)
     check_bare(backbone)
-    parent = _parent_spec(version, spec, asked)
+    parent = parent_spec(version, spec, asked)
+    relation = {"name": version.name, "version": version.id, "relation": "continued"}
+    if version.manifest.kind == "tensors":
+        fits(stored, skeleton(backbone.model), backbone.placement)
+        tuned = inject_partial(backbone, parent, start=stored.tensors, report=report)
+        return replace(tuned, parents=(relation,), receipts=receipts)
     before = Snapshot(backbone.model)
     try:
         with explained(version):
@@ -176,26 +186,44 @@ def resume_adapter(
     except BaseException:
         before.restore()
         raise
-    relation = {"name": version.name, "version": version.id, "relation": "continued"}
-    return Tuned(model, backbone, parent, (relation,), receipts)
+    if parent.method == "pissa":
+        freeze_halves(model)
+    return Tuned(model, backbone, parent, trained_names(model), (relation,), receipts)
 
 
 def _check_trained_here(stored: Stored) -> None:
-    """Raise TuningError for an adapter that can be attached, but has more than what `inject` makes."""
-    method, config = stored.config.get("peft_type", f"kind {stored.version.manifest.kind!r}"), stored.config
-    extras = [key for key in ("modules_to_save", "trainable_token_indices", "lora_bias") if config.get(key)]
-    if method != "LORA" or extras:
+    """Raise TuningError for an adapter that can be attached, but is not what `inject` makes for its method."""
+    if stored.version.manifest.kind == "tensors":
+        return
+    config, method = stored.config, str(stored.version.manifest.adapter.get("method", "lora"))
+    kind = str(config.get("peft_type"))
+    made = [name for name in METHODS if METHODS[name].kind == "peft" and peft_type(name) == kind]
+    if not made:
         raise TuningError(
-            f"{stored.version.reference} is of {' with '.join([method, *extras])} and cannot be continued",
-            expected="LORA with none but its two matrices, or DoRA's magnitudes",
+            f"{stored.version.reference} is of {kind} and cannot be continued",
+            expected=", ".join(sorted({peft_type(name) for name in METHODS if METHODS[name].kind == "peft"})),
+        )
+    if method not in made:
+        raise TuningError(
+            f"{stored.version.reference} is of {kind} and cannot be continued: its manifest says method {method}",
+            expected=f"method {' or '.join(made)}",
+        )
+    extras = [key for key in ("modules_to_save", "lora_bias", "prefix_projection") if config.get(key)]
+    if extras:
+        raise TuningError(
+            f"{stored.version.reference} is of {kind} with {', '.join(extras)} and cannot be continued",
+            expected=f"{kind} with nothing beside it",
         )
 
 
-def _parent_spec(version: Version, spec: AdapterSpec, asked: Collection[str] | None) -> AdapterSpec:
-    recorded = version.manifest.adapter
+def parent_spec(version: Version, spec: AdapterSpec, asked: Collection[str] | None) -> AdapterSpec:
+    """What a version was trained as. Raises TuningError when the user asks for something else."""
+    recorded: Mapping[str, Any] = version.manifest.adapter
+    if version.manifest.kind == "tensors" and recorded.get("method") not in METHODS:  # an imported one
+        recorded = {"method": "patterns", "patterns": sorted(read(version).tensors)}
     parent = AdapterSpec.model_validate({key: recorded[key] for key in AdapterSpec.model_fields if key in recorded})
     if asked is None:
-        asked = [key for key, field in AdapterSpec.model_fields.items() if getattr(spec, key) != field.default]
+        asked = spec.model_fields_set
     wanted = {key: getattr(spec, key) for key in asked if key != "seed"}
     differ = {key: value for key, value in wanted.items() if getattr(parent, key) != value}
     if differ:

@@ -64,9 +64,13 @@ class PromptedModel(PeftModelForCausalLM):  # type: ignore[misc]
             result[i, given : given + len(answer)] = answer
         return result
 
+    @property
+    def fills_the_cache(self) -> bool:
+        """Whether the virtual tokens are keys and values in the cache, which checkpointed layers do not read."""
+        return self.active_peft_config.peft_type in _IN_THE_CACHE
+
     def _extra_positions(self) -> int:
-        config = self.active_peft_config
-        return 0 if config.peft_type in _IN_THE_CACHE else int(config.num_virtual_tokens)
+        return 0 if self.fills_the_cache else int(self.active_peft_config.num_virtual_tokens)
 
 
 def _refuse_cache(past_key_values: Any) -> None:

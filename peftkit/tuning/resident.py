@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
 from peftkit.backbone.load import Backbone
 from peftkit.errors import PeftkitError, TuningError
 from peftkit.registry.store import Version
+from peftkit.tuning.adapted import AdaptedModel
 from peftkit.tuning.attachable import check_config
 from peftkit.tuning.fit import fitted
 from peftkit.tuning.prompted import PromptedModel
@@ -102,7 +103,7 @@ def inject_stored(
     """
     config = _peft_config(stored, trainable=trainable)
     meta = not trainable and _plain_lora(config)
-    kind = PromptedModel if config.is_prompt_learning else PeftModelForCausalLM
+    kind = PromptedModel if config.is_prompt_learning else AdaptedModel
     base = {_storage(tensor) for _, _, tensor in places(model)}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         peft = kind(model, config, low_cpu_mem_usage=meta)

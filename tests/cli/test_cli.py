@@ -151,7 +151,9 @@ def test_base_and_doctor(cli: Cli, tiny_base: Path) -> None:
 
 
 def test_recipes(cli: Cli, tmp_path: Path) -> None:
-    assert [r["name"] for r in reply(cli("recipes", "list", "--json"))] == ["lora8bit_sft", "lora_sft", "qlora_sft"]
+    loras = ["lora8bit_sft", "lora_sft", "qlora_sft"]
+    names = ["continued_pretraining", "gradual_unfreezing_sft", "layerwise_sft", *loras, "top_layers_sft"]
+    assert [r["name"] for r in reply(cli("recipes", "list", "--json"))] == names
     assert "train.learning_rate" in cli("recipes", "show", "lora_sft")[1]
     assert reply(cli("recipes", "show", "lora_sft", "--schema"))["additionalProperties"] is False
     assert cli("recipes", "copy", "lora_sft", str(tmp_path / "mine.py"))[0] == 0

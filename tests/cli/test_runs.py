@@ -110,3 +110,15 @@ def test_report(cli: Cli, runs: list[RunFolder], places: Path, monkeypatch: pyte
     assert cli("report", runs[1].id, "--out", "page.html")[1].strip() == "page.html"
     assert "<!DOCTYPE html>" in (places / "page.html").read_text()
     assert cli("report", runs[1].id, "--out", "none/page.html")[0] == 1
+
+
+def test_gc_takes_cached_trunks_when_asked(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTKIT_CACHE", str(tmp_path / "cache"))
+    trunk = tmp_path / "cache" / "trunk" / ("0" * 32)
+    trunk.mkdir(parents=True)
+    (trunk / "states").write_bytes(bytes(2000))
+    assert str(trunk) not in cli("runs", "gc")[1]
+    assert f"{trunk}  2.0 kB" in cli("runs", "gc", "--trunks", "--dry-run")[1]
+    assert trunk.exists()
+    assert reply(cli("runs", "gc", "--trunks", "--json"))["bytes"] == 2000
+    assert not trunk.exists()

@@ -15,6 +15,7 @@ from scipy.linalg import subspace_angles
 
 from peftkit.deltas.compare import compare_deltas
 from peftkit.deltas.delta import Absolute, Added, Delta, Deltas, LowRank, Place, Rows, Stacked
+from peftkit.deltas.reading.kinds import Replaced
 
 
 def random(m: int, n: int, k: int, seed: int, scale: float = 1.0) -> LowRank:
@@ -142,3 +143,13 @@ def test_a_tied_head_is_compared_with_an_untied_one() -> None:
     assert found.only_right == ()
     head = next(each for each in found.tensors if each.name == "head")
     assert head.distance.left_norm == pytest.approx(np.linalg.norm(dense(change)))
+
+
+def test_two_that_put_the_same_tensor_in_the_bases_place_are_said_to() -> None:
+    """Two partial fine-tunes with one result: their ΔW is the same on every base, however large it is there."""
+    values = torch.randn(3, 4)
+    one = adapter("one", {name: Replaced((3, 4), values, 3) for name in "ab"})
+    other = {"a": Replaced((3, 4), values.clone(), 3), "b": Replaced((3, 4), values + 1, 3)}
+    found = compare_deltas(one, adapter("other", dict(other)))
+    assert found.not_compared["a"] == "both put the same tensor in its place"
+    assert "depends on the base's weights" in found.not_compared["b"]

@@ -116,7 +116,7 @@ def test_one_checkpoint_more_than_is_kept_has_to_fit() -> None:
 
 
 def test_full_fine_tuning_keeps_all_of_the_base() -> None:
-    setting = Setting(bits=16, method="full", dtype="bfloat16")
+    setting = Setting(bits=16, method="full", in_place=True, dtype="bfloat16")
     assert checkpoint_bytes(LLAMA32_3B, setting) / LLAMA32_3B.parameters == pytest.approx(6, rel=0.001)
     assert part(plan(setting), "adapter").bytes / LLAMA32_3B.parameters == pytest.approx(2, rel=0.001)
 

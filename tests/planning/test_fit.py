@@ -76,7 +76,7 @@ bases = st.builds(
 )
 ways = st.sampled_from([("lora", 4), ("lora", 8), ("lora", 16), ("dora", 16), ("full", 16)])
 askings = st.builds(
-    lambda way, **fields: Setting(method=way[0], bits=way[1], **fields),
+    lambda way, **fields: Setting(method=way[0], in_place=way[0] == "full", bits=way[1], **fields),
     ways,
     r=st.sampled_from([4, 64]),
     rows_per_step=st.sampled_from([1, 2, 6, 7, 16]),
@@ -241,7 +241,7 @@ def test_a_fixed_field_that_would_have_to_give_is_named() -> None:
         (Setting(device="cpu"), "activation_offloading", (False,)),
         (Setting(bits=32), "bits", (32, 8, 4)),
         (Setting(bits=8), "bits", (8, 4)),
-        (Setting(bits=16, method="full"), "bits", (16,)),
+        (Setting(bits=16, method="full", in_place=True), "bits", (16,)),
         (Setting(evaluation_batch=6), "evaluation_batch", (6, 3, 1)),
     ],
 )
@@ -251,7 +251,7 @@ def test_what_each_field_may_become_the_most_welcome_first(asked: Setting, name:
 
 
 def test_packed_weights_are_no_way_out_for_full_fine_tuning() -> None:
-    asked = Setting(bits=16, method="full", longest=256, labelled=256)
+    asked = Setting(bits=16, method="full", in_place=True, longest=256, labelled=256)
     found = fit(LLAMA_1B, asked, 24 * GB, machine=CARD).setting
     assert found.bits == 16
     refusal(LLAMA_8B, asked, 12 * GB)

@@ -18,7 +18,6 @@ from peftkit.planning.time import (
     cpu,
     evaluation_seconds,
     gpu,
-    partial_flops,
     plan_time,
     step_seconds,
     training_flops,
@@ -45,7 +44,7 @@ P8 = 2_442_240
 
 
 def rows_of(length: int, **fields: Any) -> Setting:
-    return Setting(longest=length, labelled=length, **fields)
+    return Setting(longest=length, labelled=length, in_place=fields.get("method") == "full", **fields)
 
 
 def test_the_hand_count_is_the_architectures() -> None:
@@ -109,9 +108,25 @@ def test_the_head_counts_where_there_are_labels() -> None:
 
 def test_a_frozen_trunk_costs_a_forward_pass_and_its_head() -> None:
     head, blocks = 49152 * 576, SMOLLM2.linear_parameters
-    assert partial_flops(SMOLLM2, 0, 0) == 2 * N + 4 * head
-    assert partial_flops(SMOLLM2, 0, 15) == 2 * N + 4 * head + 4 * blocks / 2
-    assert partial_flops(SMOLLM2, 512, 30) == training_flops(SMOLLM2, rows_of(512, method="full"), 512)
+    none, half, all_ = (rows_of(512, method="top_layers", top_layers=count) for count in (0, 15, 30))
+    assert training_flops(SMOLLM2, none, 0) == 2 * N + 4 * head
+    assert training_flops(SMOLLM2, half, 0) == 2 * N + 4 * head + 4 * blocks / 2
+    assert training_flops(SMOLLM2, all_, 512) == training_flops(SMOLLM2, rows_of(512, method="full"), 512)
+
+
+def test_blocks_below_the_lowest_trained_one_have_a_forward_pass_and_nothing_else() -> None:
+    """LoRA in the top third of 30 layers, and in the tenth one alone: the backward pass goes down to it."""
+    blocks, each = SMOLLM2.linear_parameters / 30, P8 / 30
+    top = rows_of(1, r=8, layers=tuple(range(20, 30)))
+    assert training_flops(SMOLLM2, top, 0) == pytest.approx(2 * N + 2 * (10 * blocks + 49152 * 576) + 6 * 10 * each)
+    one = rows_of(1, r=8, layers=(9,), gradient_checkpointing=True)
+    again = 2 * (21 * blocks + each)
+    assert training_flops(SMOLLM2, one, 0) == pytest.approx(2 * N + 2 * (21 * blocks + 49152 * 576) + 6 * each + again)
+
+
+def test_norms_cost_the_gradients_of_the_inputs_and_a_delta_weight_a_second_product() -> None:
+    assert training_flops(SMOLLM2, rows_of(1, method="norms"), 0) == 4 * N
+    assert training_flops(SMOLLM2, rows_of(1, method="loha", r=8), 0) == 4 * N + 6 * SMOLLM2.linear_parameters
 
 
 def test_a_token_meets_the_experts_it_is_sent_to() -> None:

@@ -26,8 +26,9 @@ from peftkit.recipe.shapes import Shape
 from peftkit.recipe.target import Target
 from peftkit.recipe.verdict import Check, held
 from peftkit.training.probe import Piece, Probe
-from peftkit.tuning.inject import Tuned, inject
+from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
+from peftkit.tuning.tuned import Tuned
 
 Make = Callable[..., Tuned]
 ROWS = Shape(2, 24, False).examples(259)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from peftkit import locations
 from peftkit.errors import BackboneError, ConfigError, OutOfMemory, RunError, TrainingError
 from peftkit.events import Decision, Event, Note, Warned
+from peftkit.planning.architecture import architecture
 from peftkit.recipe import Result, configure, execute, find, load
 from peftkit.recipe import ahead as ahead_module
 from peftkit.recipe.forecast import changes, setting_of
@@ -106,7 +107,7 @@ def test_changes_and_settings_agree(config_8b: Path, tmp_path: Path, bits: int) 
         target = card(quant(), None, budget)
         resolved = configure(load(recipe), overrides=[f"base={config_8b}", "data.max_length=1024"])
         found, changed = outlook(resolved, tmp_path / "cache", target, fit=True)
-        again = setting_of(groups(changed.config), found.lengths, target)
+        again = setting_of(architecture(LLAMA_8B), groups(changed.config), found.lengths, target)
         assert again == found.setting
         assert changes(groups(changed.config), found.setting, again) == {}
 

@@ -25,7 +25,10 @@ from peftkit.runs import list_runs, read_events, read_metrics
 pytestmark = pytest.mark.usefixtures("places")
 
 ROOT = Path(__file__).parents[2]
-NAMES = ["lora8bit_sft", "lora_sft", "qlora_sft"]
+BITS = {"lora8bit_sft": 8, "lora_sft": 16, "qlora_sft": 4}
+"""Recipes that train a LoRA over a base of so many bits; those of other strategies run in test_strategies.py."""
+STRATEGIES = ["continued_pretraining", "gradual_unfreezing_sft", "layerwise_sft", "top_layers_sft"]
+NAMES = sorted([*BITS, *STRATEGIES])
 SECRET = "zanzibar"  # stands in every row: where it turns up, a user's row has been kept
 
 
@@ -113,7 +116,7 @@ def test_a_recipe_is_one_small_file_with_config_main_and_presets(name: str) -> N
 def test_every_preset_resolves(name: str, preset: str) -> None:
     config = configure(load(shipped()[name]), preset=preset).config
     assert config.train.rows_per_step == 16
-    assert config.quant.bits == {"qlora_sft": 4, "lora8bit_sft": 8, "lora_sft": 16}[name]
+    assert config.quant.bits == BITS.get(name, 4)
 
 
 def test_loading_runs_nothing_but_the_file(tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_no_torch_before_it_is_needed(statement: str) -> None:
 # -- a whole run
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BITS)
 def test_a_whole_run(go: Go, rows: Path, tiny_base: Path, name: str) -> None:
     """With the network denied by conftest: everything from audit to publication, in this process."""
     said: list[Event] = []
@@ -173,7 +176,7 @@ def test_a_whole_run(go: Go, rows: Path, tiny_base: Path, name: str) -> None:
     assert manifest.base.source == tiny_base.name, "no path of this machine travels"
     assert record_of(version) is not None
     assert manifest.base.quantization is not None
-    assert manifest.base.quantization["bits"] == {"qlora_sft": 4, "lora8bit_sft": 8, "lora_sft": 16}[name]
+    assert manifest.base.quantization["bits"] == BITS[name]
     assert manifest.recipe is not None
     assert (manifest.recipe.name, manifest.recipe.sha256) == (name, load(shipped()[name]).sha256)
     assert {(part.role, part.rows) for part in manifest.data} >= {("train", 12), ("held_out", 4)}

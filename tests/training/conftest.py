@@ -25,7 +25,7 @@ def tuned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     from peftkit.backbone.spec import QuantSpec
     from peftkit.base.ref import BaseSpec
     from peftkit.tuning.inject import inject
-    from peftkit.tuning.methods import AdapterSpec
+    from peftkit.tuning.methods import METHODS, AdapterSpec
 
     cache = tmp_path_factory.mktemp("cache")
 
@@ -34,7 +34,8 @@ def tuned(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         adapter = {key: value for key, value in settings.items() if key not in quant}
         source = BaseSpec(source=str(folder or tiny_base))
         backbone = load_backbone(source, QuantSpec(**quant), cache)
-        return inject(backbone, AdapterSpec(**{"r": 4, **adapter}))
+        ranked = "r" in METHODS[adapter.get("method", "lora")].fields
+        return inject(backbone, AdapterSpec(**{**({"r": 4} if ranked else {}), **adapter}))
 
     return tuned
 

@@ -15,8 +15,9 @@ from peftkit.training.schedule import schedule
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
 from peftkit.training.trainer import sft_arguments
-from peftkit.tuning.inject import Tuned, inject
+from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
+from peftkit.tuning.tuned import Tuned
 
 ROWS = [
     Example(ids, [-100, *ids[1:]], 1, i, f"row {i}") for i, ids in enumerate([[1, 9, 8, 7], [1, 5, 6, 7, 8, 9], [1, 4]])

@@ -18,7 +18,7 @@ from peftkit.events import Warned
 from peftkit.training.journal import Journal
 from peftkit.training.memory import is_out_of_memory, within_memory
 from peftkit.training.step import Step
-from peftkit.tuning.inject import Tuned
+from peftkit.tuning.tuned import Tuned
 
 # A run of four steps over eight rows of 512 tokens; from the second step on, the process may map so many MB more.
 RUN = """

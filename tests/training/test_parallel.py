@@ -35,7 +35,8 @@ from peftkit.training.parallel import Team
 from peftkit.training.schedule import schedule
 from peftkit.training.sft import _check_team, train
 from peftkit.training.spec import TrainSpec
-from peftkit.tuning.inject import Tuned, save_adapter
+from peftkit.tuning.inject import save_adapter
+from peftkit.tuning.tuned import Tuned
 
 Make = Callable[..., Tuned]
 SCRIPT = Path(__file__).parents[1] / "several_processes.py"
@@ -214,8 +215,9 @@ def test_a_mean_of_means_would_be_caught(tiny_base: Path, tmp_path: Path, tuned:
         (FSDP, {"bits": 4, "compute_dtype": "bfloat16"}, {"gradient_checkpointing": True}, 2**-8),
         (DDP, {"bits": 4}, {}, TRACE_ROUNDING),
         (DDP, {"bits": 8}, {}, TRACE_ROUNDING),
+        (DDP, {"bits": 4}, {"unfreeze": {"direction": "deep_first", "every_steps": 2}}, TRACE_ROUNDING),
     ],
-    ids=["fsdp-32", "fsdp-32-checkpointing", "fsdp-bf16", "fsdp-nf4-bf16", "ddp-nf4", "ddp-int8"],
+    ids=["fsdp-32", "fsdp-32-checkpointing", "fsdp-bf16", "fsdp-nf4-bf16", "ddp-nf4", "ddp-int8", "ddp-unfreezing"],
 )
 def test_every_way_to_hold_the_base(
     tiny_base: Path, tmp_path: Path, single: Any, launcher: Any, quant: Any, more: Any, rounding: float
@@ -259,6 +261,23 @@ def test_one_process_out_of_memory_makes_all_repeat_the_step(tiny_base: Path, tm
         assert "repeated with 1 at once" in text
     assert found.told[0]["trace"] == found.told[1]["trace"]
     assert found.losses == pytest.approx(single()[0], rel=TRACE_ROUNDING)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_penalties_count_once_however_many_processes(
+    tiny_base: Path, tmp_path: Path, single: Any, launcher: tuple[str, ...]
+) -> None:
+    more = {"regularize": {"label_smoothing": 0.1, "l1": 1e-3, "l2": 1e-1, "l2_sp": 1e-1}}
+    found = two(tmp_path / "two", tiny_base, launcher, train={**TRAIN, **more})
+    losses, one = single(more)
+    assert found.losses == pytest.approx(losses, rel=TRACE_ROUNDING)
+    left, right = found.tensors("0"), found.tensors("1")
+    for name, parameter in one.trainable.items():
+        value = parameter.detach()
+        assert torch.equal(left[name], right[name])
+        # Adam divides the rounding of small gradients by their own size.
+        assert float((left[name] - value).norm() / value.norm()) < 1e-3
 
 
 @pytest.mark.full

@@ -19,7 +19,7 @@ from peftkit.training import checkpoint
 from peftkit.training.checkpoint import Checkpoints
 from peftkit.training.sft import Stopped, Trained, train
 from peftkit.training.spec import TrainSpec
-from peftkit.tuning.inject import Tuned
+from peftkit.tuning.tuned import Tuned
 
 Rows = Callable[..., list[Example]]
 Make = Callable[..., Tuned]

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from peftkit.base.dense import Dense
 from peftkit.deltas.combining.dense_time import dense_time
+from peftkit.deltas.combining.holdable import homeless, listed, refuse, square
 from peftkit.deltas.combining.lineup import Block, Lineup, Part, Tensor, Untouched, line_up
 from peftkit.deltas.combining.methods import How
 from peftkit.deltas.delta import Added, Delta, Deltas, LowRank, Place, Rows, Stacked
 from peftkit.deltas.spectrum import dense_svd, relative, svd
 from peftkit.errors import DeltaError
-from peftkit.events import Note, Phase, Progress, Report, silent
+from peftkit.events import Note, Phase, Progress, Report, Warned, silent
 from peftkit.render import duration
 
-_NAMED = 40
-"""As many tensors of one kind are named in a message."""
+LEFT_OUT = "left out"
+"""Kind of a tensor that no LoRA adapter can hold, and that nobody wanted to keep."""
 
 
 @dataclass(frozen=True)
@@ -110,25 +110,28 @@ def combine(
     *,
     rank: int | None = None,
     max_residual: float = 0.05,
+    drop: bool = False,
     report: Report = silent,
 ) -> Combined:
     """Combine adapters of one base into one whose deltas are LoRA factors and biases, float64.
 
     `exact` keeps all factors and takes no rank. The others are brought to `rank`, each tensor in the best way (Eckart
-    and Young, 1936); kinds without factors count as their dense ΔW on `base`. Raises DeltaError, naming all tensors,
-    when adapters do not fit together, when one cannot be part of a LoRA adapter or not exactly, and when the relative
-    error of all ΔWs is above `max_residual`.
+    and Young, 1936); kinds without factors count as their dense ΔW on `base`. With `drop`, what no LoRA adapter can
+    hold is left out, and is part of the error. Raises DeltaError, naming all tensors, when adapters do not fit
+    together, when one cannot be part of a LoRA adapter or not exactly, and when the relative error of all ΔWs is above
+    `max_residual`.
     """
     _check_rank(how, rank, max_residual)
-    lineup = line_up(parents, weights, how, base)
-    _check_kinds(lineup, how)
+    lineup, left_out = _holdable(line_up(parents, weights, how, base), how, drop)
+    if left_out:
+        report(Warned(f"{len(left_out)} tensors are left out, as no LoRA can hold them: {_some(left_out)}"))
     converted = {f"{tensor.name} of {part.reference}": part.delta.kind for tensor, part in _without_factors(lineup)}
     if converted:
         kinds = ", ".join(sorted(set(converted.values())))
         report(Note(f"{len(converted)} tensors ({kinds}) have no LoRA factors: their ΔW on this base was taken"))
     _tell_time(lineup, how, report)
     report(Phase("combining", len(lineup.tensors), "tensors"))
-    changes, measured, spectra = {}, [], []
+    changes, measured, spectra = {}, left_out, []
     for done, (name, tensor) in enumerate(lineup.tensors.items(), 1):
         changes[name], found, values = _combined(tensor, how, rank, lineup.bases[name])
         measured.append(found)
@@ -206,50 +209,42 @@ def _check_rank(how: How, rank: int | None, max_residual: float) -> None:
         raise DeltaError(f"max_residual is {max_residual!r}", expected="a number of at least 0, such as 0.05")
 
 
-def _check_kinds(lineup: Lineup, how: How) -> None:
-    """Refuse, all at once, what no LoRA layer can hold, and for `exact` what has no factors."""
-    homeless = [
-        (tensor, part)
-        for tensor in lineup.tensors.values()
-        if tensor.place.layer == "other" or (tensor.vector and tensor.place.layer != "bias")
-        for part in tensor.parts
-    ]
-    if homeless:
-        raise DeltaError(
-            "no LoRA adapter can hold " + _listed(homeless),
-            expected="matrices, and the biases of layers",
-            hint="merge the adapters directly: peftkit merge takes every kind",
-        )
-    inexact = [] if how.entry.ranked else list(_without_factors(lineup))
+def _holdable(lineup: Lineup, how: How, drop: bool) -> tuple[Lineup, list[Measured]]:
+    """What a LoRA adapter can hold, and the figures of what is left out; `exact` takes factors alone."""
+    lost = homeless(lineup, alone=not drop)
+    if lost and (not drop or len(lost) == len(lineup.tensors)):
+        raise refuse(lost, lineup)
+    kept = replace(lineup, tensors={name: each for name, each in lineup.tensors.items() if name not in lost})
+    inexact = [] if how.entry.ranked else list(_without_factors(kept))
     if inexact:
         raise DeltaError(
-            f"{how.method} cannot keep " + _listed(inexact),
+            f"{how.method} cannot keep " + listed(inexact),
             expected="LoRA factors, whose ΔW is the same on every base",
             hint="--method svd --rank R takes their ΔW on this base and states the error; or merge them directly",
         )
-
-
-def _listed(found: Sequence[tuple[Tensor, Part]]) -> str:
-    """The tensors by adapter and kind: `DoRA of a@1: x, y`."""
-    ordered = sorted(found, key=lambda pair: (pair[1].reference, pair[1].delta.kind, pair[0].name))
-    groups = []
-    for (reference, kind), pairs in groupby(ordered, key=lambda pair: (pair[1].reference, pair[1].delta.kind)):
-        names = [tensor.name for tensor, _ in pairs]
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        groups.append(f"{kind} of {reference}: {', '.join(names[:_NAMED])}{more}")
-    return "; ".join(groups)
+    norms = {name: math.sqrt(square(tensor, lineup.bases[name])) for name, tensor in lost.items()}
+    return kept, [Measured(name, LEFT_OUT, lost[name].shape, 0, norm, norm) for name, norm in norms.items()]
 
 
 def _too_far(combined: Combined, spectra: Sequence[torch.Tensor]) -> DeltaError:
     worst = sorted(combined.tensors, key=lambda tensor: -tensor.residual)[:3]
     named = ", ".join(f"{tensor.name} {tensor.residual:.1%}" for tensor in worst)
-    enough = _rank_enough(spectra, combined.norm * combined.max_residual)
+    missing = math.fsum(tensor.error**2 for tensor in combined.tensors if tensor.kind == LEFT_OUT)
+    room = (combined.norm * combined.max_residual) ** 2 - missing
+    enough = _rank_enough(spectra, math.sqrt(room)) if room > 0 else None
+    at = f"at rank {combined.rank} " if combined.rank else ""
+    wider = f"--max-residual {math.ceil(100 * combined.residual) / 100:g}"
+    said = f"rank {enough} is enough" if enough else "what is left out is more than that"
     return DeltaError(
-        f"at rank {combined.rank} the result of {combined.how.method} is off by {combined.residual:.1%} of ‖ΔW‖;"
-        f" worst: {named}",
-        expected=f"at most {combined.max_residual:.1%} (--max-residual); rank {enough} is enough",
-        hint=f"--rank {enough}, or merge directly, which needs no rank",
+        f"{at}the result of {combined.how.method} is off by {combined.residual:.1%} of ‖ΔW‖; worst: {named}",
+        expected=f"at most {combined.max_residual:.1%} (--max-residual); {said}",
+        hint=f"--rank {enough}, or merge directly, which needs no rank" if enough else f"{wider}, or merge directly",
     )
+
+
+def _some(left_out: Sequence[Measured]) -> str:
+    names = [tensor.name for tensor in left_out]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _rank_enough(spectra: Sequence[torch.Tensor], error: float) -> int:

@@ -125,11 +125,17 @@ class Preview:
             ("outvoted mass", f"{_estimate(every.outvoted)}, on the same entries"),
             ("cancellation", _percent(every.cancellation)),
             ("averaged factors (PEFT linear)", _linear(every.linear_error)),
-            ("exact combination", f"rank {self.exact_rank}, {size(self.exact_bytes)}, error 0"),
+            ("exact combination", self._exact()),
             ("rank for 95 % / 99 % of the energy", f"{self.ranks[95]} / {self.ranks[99]}"),
             ("note", DESCRIPTIVE),
         )  # fmt: skip
         return Table("preview, from the factors", ("", ""), rows)
+
+    def _exact(self) -> str:
+        without = len({(missing.reference, missing.tensor) for missing in self.not_shown})
+        if without:
+            return f"refuses these adapters: {without} tensors have no factors"
+        return f"rank {self.exact_rank}, {size(self.exact_bytes)}, error 0"
 
     def _adapters(self) -> Table:
         largest = max((norm for norm in self.overall.norms if norm), default=0.0)

@@ -47,10 +47,13 @@ def check_replacements(tensors: Shapes, base_shapes: Shapes | None) -> list[str]
     """Raise AdapterRefused when a tensor of kind `tensors` has the name of a base tensor and another shape."""
     if base_shapes is None:
         return ["the base was not given: no shape was compared with it"]
+    base, added = Base(base_shapes, {}), 0
     for name, shape in tensors.items():
-        if name in base_shapes and tuple(base_shapes[name]) != shape:
-            raise AdapterRefused("shape.base", f"{shown(name)} is {shape}, the base has {tuple(base_shapes[name])}")
-    added = sum(name not in base_shapes for name in tensors)
+        own = base.named(name)
+        if own is None:
+            added += 1
+        elif tuple(base_shapes[own]) != shape:
+            raise AdapterRefused("shape.base", f"{shown(name)} is {shape}, the base has {tuple(base_shapes[own])}")
     return [f"{added} tensors are not the base's and are added to it"] if added else []
 
 
@@ -70,6 +73,12 @@ class Base:
         if module.rpartition(".")[2] in EMBEDDINGS:
             return self._embedding()  # tied: the checkpoint holds the matrix once
         return None
+
+    def named(self, tensor: str) -> str | None:
+        """The base's own name of a tensor; that of the embedding for a tied head."""
+        module, _, parameter = tensor.rpartition(".")
+        names = (tensor, f"{self.module(module)}.{parameter}")
+        return next((name for name in names if name in self._shapes), None)
 
     def weight(self, module: str, parameter: str = "weight") -> Shape | None:
         """Shape of a parameter; None when it is packed, fused or there is none."""

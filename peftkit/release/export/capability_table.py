@@ -49,6 +49,9 @@ AS_LORA = (
     "peftkit combine {name} --method svd --rank R --save-as {name}-lora: the best LoRA of rank R, with its error; or "
     + MERGE
 )
+EXTRACTED = AS_LORA.replace(" --save-as", " --drop --save-as").replace(
+    "with its error", "without norms, with its error"
+)
 AS_IT_IS = "peftkit export {name} --to peftkit --out FOLDER: PEFT reads it as it is stored; or "
 SMALLER = "--rank R cuts it to rank R by SVD and states the error; or " + MERGE
 
@@ -95,7 +98,7 @@ def _peft() -> dict[str, Cell]:
             "refused",
             "knows no such files",
             "peftkit/registry/FORMAT.md",
-            AS_IT_IS.replace("PEFT reads", "it is") + MERGE,
+            AS_IT_IS.replace("PEFT reads it", "peftkit reads it") + EXTRACTED,
         ),
         "quantized_base": Cell("ok", "loads the base as the caller asks", _PEFT),
     }
@@ -136,7 +139,7 @@ def _vllm() -> dict[str, Cell]:
         "method": Cell(
             "refused", "needs r, lora_alpha, lora_A and lora_B", "vllm/lora/peft_helper.py, from_dict", AS_LORA
         ),
-        "tensors": Cell("refused", "knows no such files", "vllm/lora/lora_model.py, from_local_checkpoint", MERGE),
+        "tensors": Cell("refused", "knows no such files", "vllm/lora/lora_model.py, from_local_checkpoint", EXTRACTED),
         "quantized_base": Cell(
             "differs", "serves the base at the precision it is told", "vllm serve --quantization", MERGE
         ),
@@ -177,7 +180,7 @@ def _gguf() -> dict[str, Cell]:
         "convolution": Cell("untried", "names no convolution", _CONVERTER, MERGE),
         "experts": Cell("untried", "stacks experts in its own order", _CONVERTER, MERGE),
         "method": Cell("refused", "knows lora_A and lora_B alone", f"{_CONVERTER}, get_tensors", AS_LORA),
-        "tensors": Cell("refused", "knows no such files", _CONVERTER, MERGE),
+        "tensors": Cell("refused", "knows no such files", _CONVERTER, EXTRACTED),
         "quantized_base": Cell("differs", "computes with the GGUF it is told", "llama.cpp --lora", MERGE),
     }
 

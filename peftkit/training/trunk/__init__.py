@@ -1,0 +1,1 @@
+"""Training with the hidden states of a frozen trunk computed once."""

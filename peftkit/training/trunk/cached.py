@@ -1,0 +1,215 @@
+"""Training with a cached trunk: what lies below the lowest trained block is computed once per row, and then released.
+
+Nobody is trusted: before the first step, one batch goes through the whole model and through the top with the states of
+the file, and their logits must be bitwise the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftkit.data.chat import IGNORED
+from peftkit.environment import versions
+from peftkit.errors import TrainingError
+from peftkit.events import Decision, Phase, Progress, Report, Warned
+from peftkit.generation.forward import autocast, label_logits, pad
+from peftkit.training import random_state
+from peftkit.training.parallel import Team
+from peftkit.training.regularize.dropout import dropout_at, places_of_dropout
+from peftkit.training.spec import TrainSpec
+from peftkit.training.trunk.frozen import Trunk, drew, frozen_trunk, hidden
+from peftkit.training.trunk.memory import released
+from peftkit.training.trunk.passes import Index, Pass
+from peftkit.training.trunk.states import States
+from peftkit.training.trunk.store import Shape, TrunkStore
+from peftkit.training.trunk.top import top_of
+from peftkit.tuning.depth import find_blocks
+from peftkit.tuning.tuned import Tuned
+
+_COMPUTED_BY = ("torch", "transformers", "bitsandbytes", "peft")
+
+
+@contextmanager
+def cached_trunk(
+    tuned: Tuned, passes: Sequence[Pass], cache: Path, dropout: float | None, report: Report
+) -> Iterator[Tuned]:
+    """The tuned model from its lowest trained block up, with the states of all rows of `passes` in a mapped file.
+
+    The file is made, or one of an earlier run with the same key is used. Until the end the memory of what lies below
+    is free, and the full model cannot be called. `dropout` is what training sets the base's to. Raises TrainingError
+    where nothing below the trained tensors is frozen, where the trunk draws random numbers, where the top's logits
+    are not the full model's, or for a full disk.
+    """
+    with _as_trained(tuned, dropout):
+        trunk, top = _prepared(tuned, passes, cache, report)
+    with released(trunk, top, cache) as freed:
+        mapped = "the rest is mapped from the base's files: the system drops it when memory is short"
+        reason = f"nothing below the lowest trained block is called; {mapped}"
+        report(Decision("trunk memory", f"{freed:,} bytes released", reason))
+        yield top
+
+
+@contextmanager
+def _as_trained(tuned: Tuned, dropout: float | None) -> Iterator[None]:
+    """With the run's dropout in the base; random generators are afterwards what they were."""
+    device = tuned.backbone.device
+    before = random_state.capture(device)
+    try:
+        with nullcontext() if dropout is None else dropout_at(places_of_dropout(tuned.model), dropout):
+            yield
+    finally:
+        random_state.restore(before, device)
+
+
+def _prepared(tuned: Tuned, passes: Sequence[Pass], cache: Path, report: Report) -> tuple[Trunk, Tuned]:
+    trunk = frozen_trunk(tuned)
+    first = next((one for one in passes if _has_labels(one)), passes[0])
+    form = _undrawn_output(trunk, first)
+    states = in_memory(first, hidden(form).cpu())
+    proof = Proof(tuned, [first])
+    proof.check(top_of(trunk, states, form))
+    made = _states(trunk, Index(passes), states, cache, report)
+    top = top_of(trunk, made, form)
+    proof.check(top)
+    Proof(tuned, [one for one in passes if not one.training][:1]).check(top)
+    return trunk, top
+
+
+def check_cached(spec: TrainSpec, team: Team, epochs: float, report: Report) -> None:
+    """Refuse settings that a cached trunk does not go with, and say when it brings nothing."""
+    if team.size > 1:
+        raise TrainingError(
+            f"train.trunk_cache is for one process, and there are {team.size}",
+            expected="one process",
+            hint="train.trunk_cache=false",
+        )
+    if spec.activation_offloading:
+        raise TrainingError(
+            "train.activation_offloading with train.trunk_cache has not been run on a GPU yet",
+            expected="one of the two",
+            hint="train.activation_offloading=false: most activations are those of the trunk",
+        )
+    if epochs <= 1:
+        text = "train.trunk_cache saves time from the second epoch on, and this run has no second one"
+        report(Warned(text, "train.trunk_cache=false, unless later runs use the same rows"))
+
+
+def _states(trunk: Trunk, index: Index, proof: States, cache: Path, report: Report) -> States:
+    """The states of all rows: mapped from the file of an earlier run with the same key, or computed."""
+    store = TrunkStore(cache, report)
+    shape = Shape(index.positions, proof.values.shape[1], proof.values.dtype)
+    ingredients = _ingredients(trunk, index, proof)
+    with store.making(ingredients):
+        values = store.load(ingredients, shape)
+        how = "used again"
+        if values is None:
+            values, how = store.write(ingredients, shape, _computed(trunk, index, report)), "made"
+    total = len(find_blocks(trunk.tuned.inner)[1])
+    what = f"blocks 0 to {trunk.top - 1} of {total}, {len(index.starts):,} rows, {index.positions:,} tokens"
+    report(Decision("trunk cache", f"{how}, {shape.bytes:,} bytes", f"{what}; {store.path(ingredients)}"))
+    return States(index, values)
+
+
+def _computed(trunk: Trunk, index: Index, report: Report) -> Iterator[torch.Tensor]:
+    report(Phase("trunk cache", len(index.passes), "batches"))
+    for done, (one, new) in enumerate(index.passes, start=1):
+        states = trunk.states(one)
+        for at in new:
+            yield states[at]
+        report(Progress(done, {}))
+
+
+def _ingredients(trunk: Trunk, index: Index, proof: States) -> dict[str, Any]:
+    """What the states depend on. The digest of a computed batch covers what no name does: the processor's kernels and
+    threads, and frozen layers in the trunk that are not the base's."""
+    tuned, backbone = trunk.tuned, trunk.tuned.backbone
+    installed = versions()
+    return {
+        "base": backbone.identity.fingerprint,
+        "weights": backbone.quantization_record(),
+        "device": backbone.device.type,
+        "attention": str(tuned.inner.config._attn_implementation),
+        "blocks": trunk.top,
+        "rows": index.digest(),
+        "padding": backbone.tokenizer.pad_id,
+        "versions": {name: installed[name] for name in _COMPUTED_BY},
+        "computed": _digest(proof.values),
+    }
+
+
+def in_memory(one: Pass, values: torch.Tensor) -> States:
+    """The states of one batch, given as (rows, longest, hidden), without a file."""
+    index = Index([one])
+    new = index.passes[0][1]
+    return States(index, torch.cat([values[at, : len(one.rows[at].input_ids)] for at in new]))
+
+
+def _has_labels(one: Pass) -> bool:
+    return any(label != IGNORED for row in one.rows for label in row.labels[1:])
+
+
+def _undrawn_output(trunk: Trunk, one: Pass) -> Any:
+    """What the trunk's last block gives; raises TrainingError where random numbers were drawn for it."""
+    device = trunk.tuned.backbone.device
+    before = random_state.capture(device)
+    output = trunk.output(one)
+    if drew(before, random_state.capture(device)):
+        modules = (module for block in (trunk.tuned.inner, *trunk.blocks) for module in block.modules())
+        rates = sorted({module.p for module in modules if isinstance(module, torch.nn.Dropout) and module.p > 0})
+        said = f" (dropout of {', '.join(f'{rate:g}' for rate in rates)})" if rates else ""
+        raise TrainingError(
+            f"the frozen blocks draw random numbers while training{said}: a cache would fix one draw for ever",
+            expected="a trunk that computes the same in every epoch",
+            hint="train.regularize.dropout=0, or train.trunk_cache=false",
+        )
+    return output
+
+
+class Proof:
+    """The logits of the whole model for some batches, which a top must equal bit by bit."""
+
+    def __init__(self, tuned: Tuned, passes: Sequence[Pass]) -> None:
+        self.device = tuned.backbone.device
+        self.random = random_state.capture(self.device)  # both have the same dropout draws
+        self.expected = [(one, self._logits(tuned, one)) for one in passes]
+
+    def check(self, top: Tuned) -> None:
+        """Raise TrainingError, with the largest difference, unless the top's logits are these."""
+        for one, expected in self.expected:
+            found = self._logits(top, one)
+            if not torch.equal(found, expected):
+                apart = float((found.double() - expected.double()).abs().max())
+                raise TrainingError(
+                    f"with its trunk cached, {type(top.inner).__name__} computes logits that differ by {apart:.3g} "
+                    "from those of the whole model",
+                    expected="the same logits, bit for bit",
+                    hint="train.trunk_cache=false",
+                )
+
+    def _logits(self, tuned: Tuned, one: Pass) -> torch.Tensor:
+        random_state.restore(self.random, self.device)
+        return _logits(tuned, one)
+
+
+def _logits(tuned: Tuned, one: Pass) -> torch.Tensor:
+    """The logits of all labels of a batch, of shape (labels, vocabulary)."""
+    backbone = tuned.backbone
+    tuned.model.train(one.training)
+    try:
+        with torch.no_grad(), autocast(backbone.device, backbone.placement.compute_dtype):
+            batch = pad(one.rows, backbone.tokenizer.pad_id, backbone.device)
+            logits, wanted = label_logits(tuned.model, batch)
+            learned = batch["labels"][:, 1:][:, wanted] != IGNORED  # the others may be padding in their row
+            return logits[learned]
+    finally:
+        tuned.model.eval()
+
+
+def _digest(values: torch.Tensor) -> str:
+    return hashlib.sha256(memoryview(values.contiguous().view(torch.uint8).numpy())).hexdigest()

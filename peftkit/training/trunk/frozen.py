@@ -1,0 +1,161 @@
+"""The part of a model that training leaves alone: which blocks it is, and what it computes for a batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftkit.errors import TrainingError
+from peftkit.generation.forward import autocast, pad
+from peftkit.training.memory import is_out_of_memory, release
+from peftkit.training.trunk.passes import Pass
+from peftkit.tuning.depth import find_blocks
+from peftkit.tuning.tuned import Tuned
+
+_LOOKED_AT = 8
+
+
+class _Enough(Exception):
+    """Ends a forward pass: what it was for has been seen."""
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The embeddings and the blocks below `top` of a tuned model."""
+
+    tuned: Tuned
+    top: int
+    """Index of the lowest block that is trained; the number of blocks where only what stands behind them is."""
+
+    @property
+    def blocks(self) -> tuple[torch.nn.Module, ...]:
+        """The blocks of the trunk, from the embeddings up; at least one."""
+        return find_blocks(self.tuned.inner)[1][: self.top]
+
+    @property
+    def embeddings(self) -> torch.nn.Module:
+        """The table of the token embeddings."""
+        table: torch.nn.Module = self.tuned.inner.get_input_embeddings()
+        return table
+
+    def output(self, one: Pass) -> Any:
+        """What the trunk's last block gives for a batch: states of shape (rows, longest, hidden), or a tuple of them
+        and None."""
+        seen: list[Any] = []
+
+        def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+            seen.append(output)
+            raise _Enough
+
+        backbone = self.tuned.backbone
+        batch = pad(one.rows, backbone.tokenizer.pad_id, backbone.device)
+        hook = self.blocks[-1].register_forward_hook(keep)
+        try:
+            self.tuned.model.train(one.training)
+            with (
+                torch.no_grad(),
+                autocast(backbone.device, backbone.placement.compute_dtype),
+                contextlib.suppress(_Enough),
+            ):
+                self.tuned.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        finally:
+            hook.remove()
+            self.tuned.model.eval()
+        return seen[0]
+
+    def states(self, one: Pass) -> list[torch.Tensor]:
+        """The states of each row of a batch, of shape (length, hidden) on the CPU; in halves if memory asks."""
+        try:
+            found = hidden(self.output(one)).cpu()
+            return [states[: len(row.input_ids)] for states, row in zip(found, one.rows, strict=True)]
+        except (RuntimeError, MemoryError) as error:
+            if len(one.rows) == 1 or not is_out_of_memory(error):
+                raise
+        release(self.tuned.backbone.device)
+        half = len(one.rows) // 2
+        parts = (Pass(one.rows[:half], one.training), Pass(one.rows[half:], one.training))
+        return [states for part in parts for states in self.states(part)]
+
+
+def hidden(output: Any) -> torch.Tensor:
+    """The states in a block's output; raises TrainingError where it gives anything beside them."""
+    first, *rest = output if isinstance(output, tuple) else (output,)
+    if not isinstance(first, torch.Tensor) or first.dim() != 3 or any(value is not None for value in rest):
+        raise TrainingError(
+            "the blocks of this model give more than hidden states to the next one",
+            expected="one tensor of shape (rows, positions, hidden)",
+            hint="train.trunk_cache=false",
+        )
+    return first
+
+
+def frozen_trunk(tuned: Tuned) -> Trunk:
+    """Find what lies below everything that is ever trained: the blocks whose output needs no gradient.
+
+    Found by a forward pass over a few tokens, and by where the trained tensors hang: an expert that no token chose
+    would not be seen otherwise. Raises TrainingError where there is no such block.
+    """
+    inner = tuned.inner
+    _, blocks = find_blocks(inner)
+    trained = {id(parameter) for parameter in tuned.trainable.values()}
+    holding = [any(id(parameter) in trained for parameter in block.parameters()) for block in blocks]
+    top = min(_first(holding), _first(_need_gradients(tuned, blocks)))
+    if top == 0:
+        raise TrainingError(
+            f"train.trunk_cache needs frozen blocks, and what is trained reaches the first of {len(blocks)}: "
+            f"{next(iter(tuned.names), 'nothing')}",
+            expected="everything that is trained in the upper blocks or behind them",
+            hint="adapter.layers=top:8, or adapter.method=top_layers; or train.trunk_cache=false",
+        )
+    return Trunk(tuned, top)
+
+
+def _need_gradients(tuned: Tuned, blocks: tuple[torch.nn.Module, ...]) -> list[bool]:
+    """Whether each block's output depends on a trained tensor, frozen for a while or not; up to the first that does."""
+    found: list[bool] = []
+
+    def look(module: torch.nn.Module, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        found.append(bool(first.requires_grad))
+        if found[-1]:
+            raise _Enough
+
+    backbone = tuned.backbone
+    ids = torch.arange(_LOOKED_AT, device=backbone.device)[None]
+    with _all_trained(tuned), contextlib.ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_hook(look).remove)
+        with (
+            torch.enable_grad(),
+            autocast(backbone.device, backbone.placement.compute_dtype),
+            contextlib.suppress(_Enough),
+        ):
+            tuned.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return found
+
+
+@contextlib.contextmanager
+def _all_trained(tuned: Tuned) -> Iterator[None]:
+    parameters = list(tuned.trainable.values())
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+
+
+def _first(flags: list[bool]) -> int:
+    return flags.index(True) if True in flags else len(flags)
+
+
+def drew(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a generator of torch or Python has moved between two captures of `training.random_state`."""
+    moved = [not torch.equal(before[name], after[name]) for name in ("torch", "cuda") if before[name] is not None]
+    return any(moved) or bool(before["python"] != after["python"])

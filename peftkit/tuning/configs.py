@@ -1,0 +1,237 @@
+"""From an AdapterSpec to the config that PEFT makes layers from: one function a method, nothing left to a guess."""
+
+from __future__ import annotations
+
+import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes with its Hub kernels
+
+# isort: split
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftkit.backbone.load import Backbone
+from peftkit.base.ref import read_config
+from peftkit.base.tokenizer import Tokenizer
+from peftkit.errors import BaseError, TuningError
+from peftkit.planning.architecture import architecture
+from peftkit.planning.trained import adapted_linears, feed_forward
+from peftkit.tuning.depth import find_blocks
+from peftkit.tuning.layers import chosen_layers
+from peftkit.tuning.methods import AdapterSpec
+
+Targets = str | list[str]
+PEFT_TYPES = {
+    "adalora": "ADALORA",
+    "ia3": "IA3",
+    "vera": "VERA",
+    "loha": "LOHA",
+    "lokr": "LOKR",
+    "oft": "OFT",
+    "prompt_tuning": "PROMPT_TUNING",
+    "prefix_tuning": "PREFIX_TUNING",
+    "trainable_tokens": "TRAINABLE_TOKENS",
+}
+"""Method → what it is in an adapter_config.json, where that is not LORA."""
+
+
+def peft_type(method: str) -> str:
+    """The `peft_type` of a method's checkpoints."""
+    return PEFT_TYPES.get(method, "LORA")
+
+
+def peft_config(backbone: Backbone, spec: AdapterSpec) -> Any:
+    """The PEFT config of a spec over a backbone.
+
+    Raises TuningError for modules, layers and tokens that the base does not have.
+    """
+    return _CONFIGS.get(spec.method, _lora)(backbone, spec)
+
+
+def targets(model: Any, wanted: Targets, layers: str) -> Targets:
+    """`target_modules` for PEFT: as they are given, or the full names of those in the chosen blocks.
+
+    PEFT finds the number of a block by a regular expression, and takes the first number in a name for it.
+    """
+    if layers == "all":
+        return wanted
+    path, blocks = find_blocks(model)
+    if not blocks:
+        raise TuningError(f"adapter.layers={layers} and {type(model).__name__} has no list of layers", expected="all")
+    chosen = sorted(chosen_layers(layers, len(blocks)))
+    found = [
+        f"{path}.{index}.{name}"
+        for index in chosen
+        for name, module in blocks[index].named_modules()
+        if _is_target(name, module, wanted)
+    ]
+    if not found:
+        raise TuningError(
+            f"adapter.target_modules={wanted!r} names nothing in the layers {layers}",
+            expected="all-linear, or endings of module names: " + ", ".join(linear_endings(blocks[chosen[0]])),
+        )
+    return found
+
+
+def linear_endings(model: nn.Module) -> list[str]:
+    """The last parts of the names of the modules with weights, sorted."""
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")})
+
+
+def token_ids(tokenizer: Tokenizer, tokens: Collection[str | int]) -> list[int]:
+    """Ids of tokens that are given as text or as ids, sorted. Raises TuningError for what is not one token."""
+    found = set()
+    for token in tokens:
+        ids = [token] if isinstance(token, int) else tokenizer.encode(token)
+        if len(ids) != 1:
+            pieces = [tokenizer.decode([each], skip_special_tokens=False) for each in ids]
+            raise TuningError(
+                f"adapter.tokens: the tokenizer splits {token!r} into {len(ids)} tokens: {pieces}",
+                expected="text that is one token of the vocabulary, or the id of a token",
+                hint=f"adapter.tokens={ids} trains all of them",
+            )
+        if not 0 <= ids[0] < len(tokenizer.hf):
+            raise TuningError(
+                f"adapter.tokens: no token has the id {ids[0]}", expected=f"ids from 0 to {len(tokenizer.hf) - 1}"
+            )
+        found.add(ids[0])
+    return sorted(found)
+
+
+def _lora(backbone: Backbone, spec: AdapterSpec) -> Any:
+    """PiSSA's has twice the rank and twice the numerator, so its scaling is that of the rank that is trained."""
+    times = 2 if spec.method == "pissa" else 1
+    rows = {_embedding(backbone): token_ids(backbone.tokenizer, spec.tokens)} if spec.tokens else None
+    return LoraConfig(
+        r=times * _given(spec.r),
+        lora_alpha=times * _given(spec.lora_alpha),
+        lora_dropout=spec.lora_dropout or 0.0,
+        use_rslora=spec.method == "rslora",
+        use_dora=spec.method == "dora",
+        trainable_token_indices=rows,
+        **_places(backbone, spec),
+    )
+
+
+def _adalora(backbone: Backbone, spec: AdapterSpec) -> Any:
+    """`total_step` and its phases are set when the length of the run is known (tuning/allocator.py)."""
+    return AdaLoraConfig(
+        init_r=_given(spec.init_r),
+        target_r=_given(spec.r),
+        lora_alpha=_given(spec.lora_alpha),
+        lora_dropout=spec.lora_dropout or 0.0,
+        orth_reg_weight=_given(spec.orth_reg_weight),
+        total_step=2,
+        **_places(backbone, spec),
+    )
+
+
+def _ia3(backbone: Backbone, spec: AdapterSpec) -> Any:
+    """Keys, values and what goes into the MLP's last layer (arXiv 2205.05638, section 3.3)."""
+    wanted, inputs = spec.target_modules or "auto", list(spec.feedforward_modules or [])
+    if wanted == "auto":
+        wanted, inputs = _keys_values_feedforward(backbone)
+    layers = spec.layers or "all"
+    chosen = targets(backbone.model, wanted, layers)
+    return IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=chosen,
+        feedforward_modules=targets(backbone.model, inputs, layers) if inputs else [],
+    )
+
+
+def _keys_values_feedforward(backbone: Backbone) -> tuple[list[str], list[str]]:
+    try:
+        shape = architecture(read_config(backbone.base.folder))
+    except BaseError as error:
+        raise TuningError(
+            f"which layers of {type(backbone.model).__name__} are its keys, values and feed-forward ends is not known",
+            expected="adapter.target_modules and adapter.feedforward_modules, from: "
+            + ", ".join(linear_endings(backbone.model)),
+            hint="adapter.target_modules=[k_proj,v_proj,down_proj] adapter.feedforward_modules=[down_proj]",
+        ) from error
+    return [linear.name for linear in adapted_linears(shape, "ia3", "all-linear")], [feed_forward(shape)]
+
+
+def _vera(backbone: Backbone, spec: AdapterSpec) -> Any:
+    return VeraConfig(r=_given(spec.r), projection_prng_key=spec.seed, save_projection=True, **_places(backbone, spec))
+
+
+def _loha(backbone: Backbone, spec: AdapterSpec) -> Any:
+    return LoHaConfig(r=_given(spec.r), alpha=_given(spec.lora_alpha), **_places(backbone, spec))
+
+
+def _lokr(backbone: Backbone, spec: AdapterSpec) -> Any:
+    return LoKrConfig(
+        r=_given(spec.r),
+        alpha=_given(spec.lora_alpha),
+        decompose_factor=_given(spec.decompose_factor),
+        **_places(backbone, spec),
+    )
+
+
+def _oft(backbone: Backbone, spec: AdapterSpec) -> Any:
+    return OFTConfig(r=0, oft_block_size=_given(spec.oft_block_size), **_places(backbone, spec))
+
+
+def _prompt(backbone: Backbone, spec: AdapterSpec) -> Any:
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_given(spec.num_virtual_tokens))
+
+
+def _prefix(backbone: Backbone, spec: AdapterSpec) -> Any:
+    return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_given(spec.num_virtual_tokens))
+
+
+def _tokens(backbone: Backbone, spec: AdapterSpec) -> Any:
+    ids = token_ids(backbone.tokenizer, spec.tokens or [])
+    return TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=ids, target_modules=[_embedding(backbone)])
+
+
+def _places(backbone: Backbone, spec: AdapterSpec) -> dict[str, Any]:
+    wanted = targets(backbone.model, spec.target_modules or "all-linear", spec.layers or "all")
+    return {"task_type": "CAUSAL_LM", "target_modules": wanted}
+
+
+def _is_target(name: str, module: nn.Module, wanted: Targets) -> bool:
+    if wanted == "all-linear":
+        return isinstance(module, nn.Linear | Conv1D)  # bitsandbytes' are nn.Linear too
+    return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
+
+
+def _embedding(backbone: Backbone) -> str:
+    """The last part of the name of the module with the embeddings of tokens."""
+    table = backbone.model.get_input_embeddings()
+    names = (name for name, module in backbone.model.named_modules() if module is table)
+    return str(next(names)).rpartition(".")[2]
+
+
+def _given(value: Any) -> Any:
+    assert value is not None  # AdapterSpec fills in what its method has
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_CONFIGS: dict[str, Callable[[Backbone, AdapterSpec], Any]] = {
+    "adalora": _adalora,
+    "ia3": _ia3,
+    "vera": _vera,
+    "loha": _loha,
+    "lokr": _lokr,
+    "oft": _oft,
+    "prompt_tuning": _prompt,
+    "prefix_tuning": _prefix,
+    "trainable_tokens": _tokens,
+}
