@@ -97,6 +97,7 @@ class Cell:
             compute_dtype="float32",
             dtype="float32",
             method="full" if self.mode == "full" else "lora",
+            in_place=self.mode == "full",
             r=R,
             rows_per_step=self.batch * self.micro_batches,
             micro_batch=self.batch,
@@ -171,8 +172,9 @@ class Model:
         self.pad_id = backbone.tokenizer.pad_id
         self.model = self.base.requires_grad_(True) if mode == "full" else inject(backbone, AdapterSpec(r=R)).model
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if checkpointing:  # as transformers' Trainer does
+        if checkpointing:  # as peftkit does: no gradient is asked for at the embeddings
             self.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            self.base.disable_input_require_grads()
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.trainable, foreach=False)
         self.step(1, 8, 1)  # makes the optimizer's state

@@ -63,6 +63,7 @@ def setting_of(conditions: dict[str, Any]) -> Setting:
         "dtype": dtype,
         "attention": conditions.get("attention", "sdpa"),
         "method": conditions["method"],
+        "in_place": conditions["method"] == "full",
         "r": conditions.get("r", 16),
         "lora_dropout": conditions.get("lora_dropout", 0.0),
         "micro_batch": conditions["rows"],
