@@ -12,7 +12,8 @@ paired differences, and more than twice LoRA's own spread between seeds; all els
 smallest difference that these rows would show four times out of five (2.8 standard errors).
 
 Each finished run is a line in the results file (.jsonl): after Ctrl-C or the minutes, start it again and it goes on.
-The summary (.json, with versions and hardware) is written when all runs are there. Nothing else should run meanwhile.
+Seconds per epoch come from one more run of each arm at the end, during which nothing else should run on the machine;
+`--untimed` stops before these. The summary (.json, with versions and hardware) is written when all runs are there.
 """
 
 from __future__ import annotations
@@ -62,15 +63,12 @@ ARMS = {
     "lora": Arm(LORA, 1e-3),
     "top_7": Arm(TOP, 1e-4),
     "top_7_cached_trunk": Arm(TOP, "top_7", {"trunk_cache": True}),
-    "top_7_and_head": Arm({**TOP, "train_head": True}, 1e-4),
     "lora_decay_0.95": Arm(LORA, 1e-3, {"layerwise": {"decay": 0.95}}),
-    "lora_decay_slanted": Arm(LORA, 1e-3, ULMFIT),
     "gradual_deep_first": Arm(LORA, 1e-3, {**ULMFIT, "unfreeze": {"direction": "deep_first", **PACE}}),
     "gradual_shallow_first": Arm(LORA, 1e-3, {**ULMFIT, "unfreeze": {"direction": "shallow_first", **PACE}}),
     "norms": Arm({"method": "norms"}, 3e-3),
 }
-"""The factor 0.95 is that of Zhang et al. (2006.05987).
-`lora_decay_slanted` is both gradual arms without the unfreezing."""
+"""The factor 0.95 is that of Zhang et al. (2006.05987)."""
 UNTRAINED: dict[str, dict[str, Any] | None] = {"base": None, "base, top 7 unquantized": TOP}
 """The second one tells what the top arms owe to their layers' not being quantized."""
 
@@ -120,6 +118,13 @@ class Strategies:
             self.rates[name], self.tried[name], self.at_edge[name] = best_rate(start, score, beyond=self.beyond)
         return self.rates[name]
 
+    def timed(self, name: str) -> Result:
+        """A run of seed 0 that measures nothing but time."""
+        arm = ARMS[name]
+        train = {**TRAIN, **arm.train, "learning_rate": self.rate(name), "seed": self.seed_numbers[0]}
+        setting = self.setting({**arm.adapter, "seed": self.seed_numbers[0]}, train)
+        return self.lab.run(f"{name}, timed", {**setting, "measured": [], "timed": True})
+
     def seeds(self, name: str) -> list[Result]:
         """The runs of an arm at its rate, one for each seed; those that training stopped are left out."""
         runs = [self.trained(name, self.rate(name), seed) for seed in self.seed_numbers]
@@ -160,8 +165,7 @@ def _arm(strategies: Strategies, name: str, base: Result, lora: list[Result], co
     found["trained_share"] = runs[0]["trained_share"]
     found["bytes"] = runs[0]["bytes"]
     found["peak_bytes"] = [run["peak_bytes"] for run in runs]
-    found["first_epoch_seconds"] = [run["epoch_seconds"][0] for run in runs]
-    found["later_epoch_seconds"] = [seconds for run in runs for seconds in run["epoch_seconds"][1:]]
+    found["epoch_seconds"] = strategies.timed(name)["epoch_seconds"]
     if isinstance(arm.rate, str):
         same = strategies.seeds(arm.rate)
         pairs = [
@@ -217,21 +221,19 @@ def _finite(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
 
 
-def run_all(strategies: Strategies) -> bool:
+def run_all(strategies: Strategies, *, timed: bool) -> bool:
     """Make every run that is missing; False where some are left. A failed arm does not keep the others from theirs."""
     strategies.counts()
-    for name in (*UNTRAINED, *ARMS):
+    works = [(strategies.untrained, name) for name in UNTRAINED] + [(strategies.seeds, name) for name in ARMS]
+    for make, name in works + [(strategies.timed, name) for name in ARMS if timed]:
         try:
-            if name in UNTRAINED:
-                strategies.untrained(name)
-            else:
-                strategies.seeds(name)
+            make(name)
         except Failed:
             continue
         except OutOfTime as next_one:
             print(f"the minutes are over before {next_one}; start again to go on", file=sys.stderr)
             return False
-    return not strategies.lab.failures
+    return timed and not strategies.lab.failures
 
 
 def main() -> int:
@@ -239,11 +241,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="lines of the runs; the summary stands beside it")
     parser.add_argument("--minutes", type=float, default=90, help="begin no run that would end later")
+    parser.add_argument("--untimed", action="store_true", help="leave the runs that measure time for a quiet machine")
     parser.add_argument("--smoke", metavar="BASE", help=argparse.SUPPRESS)  # every arm once, 4 steps on a small base
     arguments = parser.parse_args()
     lab = Lab(arguments.results, work, arguments.minutes)
     strategies = Strategies(lab, arguments.smoke)
-    if not run_all(strategies):
+    if not run_all(strategies, timed=not arguments.untimed):
         for failure in lab.failures:
             print(f"failed: {failure}", file=sys.stderr)
         return 1

@@ -5,7 +5,8 @@
 
 ULMFiT: Howard and Ruder 2018, arXiv 1801.06146: deep layers first, rates that fall by 2.6 from layer to layer, and the
 slanted triangular schedule. In their ablation (table 7) unfreezing alone helps on one of three data sets, together with
-the other two on all. train.unfreeze.direction=shallow_first begins at the other end; any adapter.method goes with it.
+the other two on all. train.unfreeze.direction=shallow_first train.unfreeze.every_epochs=0.5 begins at the other end;
+any adapter.method goes with it.
 """
 
 import sys

@@ -4,7 +4,8 @@
     python recipes/layerwise_sft.py --preset cpu data.train=tickets.jsonl
 
 Howard and Ruder 2018, arXiv 1801.06146, section 3.2; 0.95 is Zhang et al.'s factor for BERT, arXiv 2006.05987. Any
-adapter.method goes with it; a table of rates instead of one factor is train.layerwise.rates={"0-9": 0.1, "10-29": 1}.
+adapter.method goes with it; a table of rates instead of one factor is
+train.layerwise.decay=null "train.layerwise.rates={0-17: 0.1, 18-35: 1}".
 """
 
 import sys

@@ -63,7 +63,7 @@ def test_the_guide_has_the_table_of_the_code(examples: Any) -> None:
 def test_what_is_known_of_some_methods(examples: Any) -> None:
     rows = {line.split("`")[1]: line.split(" | ")[4:] for line in as_markdown(examples).splitlines()[2:]}
     assert rows["lora"] == ["yes", "yes", "yes |"]
-    assert rows["loftq"] == ["onto dequantized", "other base", "other base |"]
+    assert rows["loftq"] == ["onto dequantized", "merged", "merged |"]
     assert rows["ia3"] == ["yes", "merged", "merged |"]
     assert rows["prefix_tuning"] == ["no", "no", "no |"]
     assert rows["norms"] == ["yes", "merged", "merged |"]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_bases import write_base
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +25,7 @@ def block(language: str, containing: str) -> str:
 
 
 def test_every_block_is_covered_here() -> None:
-    assert sorted(kind for kind, _ in BLOCKS) == ["", "console", "console", "json", "python"]
+    assert sorted(kind for kind, _ in BLOCKS) == ["", "console", "console", "console", "json", "python"]
 
 
 def test_make_targets_exist() -> None:
@@ -60,6 +61,24 @@ def test_own_rows(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             arguments += ["--max-new-tokens", "4"]
         assert main(arguments) == 0, f"{command}\n{capfd.readouterr().err}"
     assert "tickets" in capfd.readouterr().out
+
+
+def test_what_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The commands of other methods get as far as a dry run goes: planned, loaded, injected, tried."""
+    from peftkit.cli.main import main
+
+    base = write_base(tmp_path / "base", num_hidden_layers=8)
+    monkeypatch.chdir(tmp_path)
+    for name in ("REGISTRY", "RUNS", "CACHE"):
+        monkeypatch.setenv(f"PEFTKIT_{name}", str(tmp_path / name.lower()))
+    lines = [json.dumps({"prompt": f"Case {i}.", "completion": str(i * i)}) + "\n" for i in range(12)]
+    (tmp_path / "tickets.jsonl").write_text("".join(lines))
+    commands = [line[2:] for line in block("console", "top_layers_sft").splitlines() if line.startswith("$ ")]
+    assert len(commands) == 3
+    for command in commands:
+        arguments = [*shlex.split(command.replace(HUB_ID, str(base)))[1:], "evaluate.max_generated_rows=0", "--dry-run"]
+        assert main(arguments) == 0, f"{command}\n{capfd.readouterr().err}"
+    assert "top_layers top_layers=2" in capfd.readouterr().out
 
 
 def test_python_block(tiny_base: Path, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def _making(version: Version, children: list[Summary]) -> list[tuple[str, Any]]:
     manifest = version.manifest
     return [
         ("method", ", ".join(f"{key}={value}" for key, value in manifest.adapter.items())),
+        *_rate(version),
         ("recipe", manifest.recipe.name if manifest.recipe else "none recorded"),
         ("run", manifest.run or "none recorded"),
         *(
@@ -146,6 +147,13 @@ def _making(version: Version, children: list[Summary]) -> list[tuple[str, Any]]:
         ("children", f"{len(children)}" + (f"; peftkit log {version.reference}" if children else "")),
         *(("receipt", receipt["type"]) for receipt in manifest.receipts),
     ]
+
+
+def _rate(version: Version) -> list[tuple[str, str]]:
+    """The peak rate that was used: the settings may have left it to the method."""
+    training = version.manifest.metrics.other.get("training")
+    rate = training.get("learning_rate") if isinstance(training, dict) else None
+    return [("learning rate", f"{rate:g}")] if isinstance(rate, int | float) else []
 
 
 def _rest(count: int) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +38,7 @@ def plan(
     from peftkit.recipe.groups import groups
     from peftkit.recipe.outlook import outlook
     from peftkit.recipe.target import card, has_gpu, this_machine
+    from peftkit.registry.store import Registry
 
     loaded = load(find(recipe))
     resolved = configure(loaded, preset=preset, files=config or (), overrides=settings or ())
@@ -47,8 +48,9 @@ def plan(
     elsewhere = gpu is not None or (budget is not None and quant.device != "cpu" and not has_gpu())
     target = card(quant, gpu, budget) if elsewhere else this_machine(quant, budget)
     with Reporter(as_json=as_json) as report:
-        cache = locations.cache_root().path
-        found, changed = outlook(resolved, cache, target, fit=budget is not None, shorter=allow_shorter, report=report)
+        cache, registry = locations.cache_root().path, Registry(locations.registry_root().path)
+        options: dict[str, Any] = {"fit": budget is not None, "shorter": allow_shorter, "report": report}
+        found, changed = outlook(resolved, cache, registry, target, **options)
         if not as_json:
             found.tell(report)
         problem = None

@@ -156,7 +156,7 @@ def _head(layers: Layers, block: Block, x: Tensor) -> tuple[Tensor, int]:
     """The loss, and the bytes that only variables hold when it is computed."""
     architecture, setting, tape = layers.architecture, layers.setting, layers.tape
     if architecture.final_norm:
-        x = layers.norm(x, architecture.hidden)
+        x = layers.norm(x, layers.final)
     positions = labelled_positions(setting)
     wanted = tape.op([x], positions * architecture.hidden, x.size)
     logits = _logits(layers, block, wanted)

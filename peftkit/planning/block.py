@@ -6,6 +6,7 @@ from peftkit.planning import adapters
 from peftkit.planning.architecture import Architecture
 from peftkit.planning.backward import forward_peak
 from peftkit.planning.layers import FLOAT32, Layers
+from peftkit.planning.norms import Norm, block_norms
 from peftkit.planning.setting import Setting
 from peftkit.planning.tape import Tape, Tensor
 
@@ -35,6 +36,7 @@ class Block:
         self.tape = layers.tape
         self.table: Tensor | None = None
         self.rows: Tensor
+        self.norms = block_norms(self.architecture)
         self.named = {linear.name: linear for linear in self.architecture.linears}
 
     def embed(self) -> Tensor:
@@ -80,25 +82,23 @@ class Block:
         """The block's result for x."""
         if self.architecture.parallel:
             return self._parallel(x)
-        middle = self._residual(x, self._attention(self._before(x)))
-        return self._residual(middle, self._feed_forward(self._before(middle)))
+        norms = self.norms
+        middle = self._residual(x, self._attention(self._normed(x, norms.before_attention)), norms.behind_attention)
+        return self._residual(middle, self._feed_forward(self._normed(middle, norms.before_mlp)), norms.behind_mlp)
 
-    def _before(self, x: Tensor) -> Tensor:
-        """A norm before the layer, unless the family has norms behind it only."""
-        only_behind = self.family.post_norms and self.family.norms == 2
-        return x if only_behind else self.layers.norm(x, self.architecture.hidden)
+    def _normed(self, x: Tensor, norm: Norm | None) -> Tensor:
+        return x if norm is None else self.layers.norm(x, norm)
 
-    def _residual(self, x: Tensor, update: Tensor) -> Tensor:
-        if self.family.post_norms:
-            update = self.layers.norm(update, self.architecture.hidden)
+    def _residual(self, x: Tensor, update: Tensor, norm: Norm | None) -> Tensor:
+        update = self._normed(update, norm)
         if self.family.scaled_residual:
             update = self.tape.like(update)
         return self.tape.add(x, update)
 
     def _parallel(self, x: Tensor) -> Tensor:
-        layers, hidden = self.layers, self.architecture.hidden
-        first = layers.norm(x, hidden)
-        second = layers.norm(x, hidden) if self.architecture.second_norm else first
+        norms = self.norms
+        first = self._normed(x, norms.before_attention)
+        second = first if norms.before_mlp is None else self._normed(x, norms.before_mlp)
         return self.tape.add(self.tape.add(self._attention(first), self._feed_forward(second)), x)
 
     def _linear(self, x: Tensor, path: str, name: str) -> Tensor:
@@ -111,10 +111,7 @@ class Block:
             query, key, value = self.tape.split(fused, architecture.queries, architecture.keys, architecture.keys)
         else:
             query, key, value = (self._linear(x, family.attention, name) for name in family.qkv)
-        if architecture.qk_norm:
-            full = family.qk_norm == "full"
-            query = layers.norm(query, architecture.queries if full else architecture.head_dim)
-            key = layers.norm(key, architecture.keys if full else architecture.head_dim)
+        query, key = self._normed(query, self.norms.queries), self._normed(key, self.norms.keys)
         if family.rotary:
             query, key = layers.rotary(query), layers.rotary(key)
         result = layers.attention(query, key, value, self.masked)

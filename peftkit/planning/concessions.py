@@ -18,8 +18,8 @@ _OPTIM: dict[str, tuple[Any, ...]] = {
     "adamw_torch_fused": ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"),
     "adamw_8bit": ("adamw_8bit", "paged_adamw_8bit"),
 }
-_UNPACKED = ("full", "loha", "lokr")
-"""Methods that no packed weights go with."""
+BITS_OF: dict[str, tuple[int, ...]] = {"loftq": (4, 8), "loha": (8, 16, 32), "lokr": (8, 16, 32), "full": (16, 32)}
+"""Bits that a method trains over, where not all: those of `tuning.methods.METHODS`, which no plan imports."""
 
 _REASONS = {
     "micro_batch": "micro-batch {was} → {now}: {gain}, {rate}, keeps the effective batch {rows}",
@@ -49,8 +49,8 @@ class Concession:
 def choices(setting: Setting, name: str, fixed: frozenset[str]) -> tuple[Any, ...]:
     """Values of a field that may be tried for a setting, the most welcome first.
 
-    Micro-batches divide the effective batch. Full fine-tuning, LoHa and LoKr go with no packed weights, and prefix
-    tuning with no checkpointing; 8-bit and paged states and offloading need CUDA.
+    Micro-batches divide the effective batch. Bits are those that the method trains over; prefix tuning goes with no
+    checkpointing; 8-bit and paged states and offloading need CUDA.
     """
     asked = getattr(setting, name)
     on_card = setting.device == "cuda"
@@ -66,7 +66,8 @@ def choices(setting: Setting, name: str, fixed: frozenset[str]) -> tuple[Any, ..
     if name == "optim":
         return _OPTIM.get(asked, (asked,)) if on_card else (asked,)
     if name == "bits":
-        return _BITS[asked] if setting.method not in _UNPACKED else (asked,)
+        fine = BITS_OF.get(setting.method, _BITS[32])
+        return tuple(bits for bits in _BITS[asked] if bits == asked or bits in fine)
     return tuple(_halved(asked))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from peftkit.planning.architecture import Architecture
+from peftkit.planning.factors import shared_bytes
 from peftkit.planning.layers import SIZES
 from peftkit.planning.setting import Setting
 from peftkit.planning.weights import trained_parameters, trained_size, trained_tensors, trunk
@@ -60,10 +61,12 @@ def disk_plan(
     one = checkpoint_bytes(architecture, setting)
     which = f"the last {save_total_limit}{', the best' if keeps_best else ''} and one being written"
     trained = _trained(architecture, setting)
-    adapter = trained.bytes + trained.tensors * _HEADER
+    shared = shared_bytes(architecture, setting)
+    adapter = trained.bytes + shared + (trained.tensors + 2 * bool(shared)) * _HEADER
+    how = f"{trained.width} B per trained parameter" + (f", and {size(shared)} of shared matrices" if shared else "")
     parts = [
         DiskPart("checkpoints", "runs", kept * one, f"{kept} of {size(one)}: {which}"),
-        DiskPart("adapter", "registry", adapter, f"{trained.width} B per trained parameter"),
+        DiskPart("adapter", "registry", adapter, how),
     ]
     if setting.trunk_cache:
         size_of = SIZES[setting.dtype]

@@ -26,7 +26,7 @@ def rank(setting: Setting) -> int:
 
 def scales_inputs(architecture: Architecture, setting: Setting, linear: Linear) -> bool:
     """Whether IA3 scales a layer's inputs instead of its outputs."""
-    if setting.target_modules == "all-linear":
+    if setting.target_modules == "auto":
         return linear.name == feed_forward(architecture)
     return any(f".{linear.name}".endswith(f".{ending}") for ending in setting.feedforward_modules)
 
@@ -69,7 +69,7 @@ def adapter_tensors(architecture: Architecture, setting: Setting, what: Trained)
     elif method == "prefix_tuning":
         yield setting.num_virtual_tokens * architecture.layers * 2 * architecture.keys, 1
     elif method != "trainable_tokens":
-        for linear in adapted_linears(architecture, method, setting.target_modules):
+        for linear in adapted_linears(architecture, setting.target_modules):
             count = linear.count * what.share(linear.name, "adapted") // architecture.layers
             for numbers in _tensors(architecture, setting, linear):
                 yield numbers, count
@@ -105,9 +105,9 @@ def fixed_bytes(architecture: Architecture, setting: Setting) -> int:
         return setting.num_virtual_tokens * 8
     if method not in ("vera", "oft", "adalora"):
         return rows
-    linears = adapted_linears(architecture, method, setting.target_modules)
+    linears = adapted_linears(architecture, setting.target_modules)
     if method == "vera":
-        return sum(largest_shape(linears)) * setting.r * 4
+        return shared_bytes(architecture, setting)
     blocks = architecture.layers if setting.layers == "all" else len(setting.layers)
     counts = [(linear, linear.count * blocks // architecture.layers) for linear in linears]
     if method == "adalora":  # the rank that is left, as a number
@@ -116,12 +116,19 @@ def fixed_bytes(architecture: Architecture, setting: Setting) -> int:
     return sum(size * (size - 1) * 8 * count for size, count in sizes)  # rows and columns of the entries, as int64
 
 
+def shared_bytes(architecture: Architecture, setting: Setting) -> int:
+    """Bytes of VeRA's shared matrices, which are stored with the adapter though they are not trained."""
+    if setting.method != "vera":
+        return 0
+    return sum(largest_shape(adapted_linears(architecture, setting.target_modules))) * setting.r * 4
+
+
 def cast_parameters(architecture: Architecture, setting: Setting, what: Trained) -> int:
     """Entries of the trained matrices that a product reads as they are, and autocast as a 16-bit copy."""
     if setting.method in ("ia3", "vera", "oft", "prompt_tuning", "prefix_tuning", "trainable_tokens"):
         return 0
     total = 0
-    for linear in adapted_linears(architecture, setting.method, setting.target_modules):
+    for linear in adapted_linears(architecture, setting.target_modules):
         count = linear.count * what.share(linear.name, "adapted") // architecture.layers
         sizes = list(_tensors(architecture, setting, linear))
         if setting.method == "dora":
@@ -139,7 +146,7 @@ def products(architecture: Architecture, setting: Setting, what: Trained) -> tup
     method, total, trained = setting.method, 0, 0
     if method in ("prompt_tuning", "prefix_tuning", "trainable_tokens"):
         return 0, 0
-    for linear in adapted_linears(architecture, method, setting.target_modules):
+    for linear in adapted_linears(architecture, setting.target_modules):
         count = linear.count * what.share(linear.name, "adapted") // architecture.layers
         if method in ("loha", "lokr"):  # the delta weight is a matrix like the layer's own
             each = linear.out * linear.into

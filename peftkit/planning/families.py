@@ -22,7 +22,7 @@ class Names:
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
         "self_attn.q_norm", "self_attn.k_norm",
     )  # fmt: skip
-    """Norms of a block; a family has some of them."""
+    """Norms of a block; a family has some of them, those of queries and keys as the last two."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Family:
     names: Names = Names()
 
 
+_PER_HEAD = ("self_attn.q_layernorm.norms", "self_attn.k_layernorm.norms")  # lists of a norm for each head
 _LLAMA = Family()
 _GEMMA = Family(tied=True, head_dim=256, activation="gelu_pytorch_tanh")
 _GPT2 = Family(
@@ -112,6 +113,7 @@ FAMILIES: dict[str, Family] = {
         _LLAMA, qkv_bias=("use_qkv_bias", False), output_bias=False, mlp_bias=False, norm="layer", norm_weights=2,
         parallel=("use_parallel_residual", False), qk_norm="head", qk_norm_switch=("qk_layernorm", False),
         partial_rotary=True,
+        names=Names(norms=("input_layernorm", "post_attention_layernorm", *_PER_HEAD)),
     ),
     "starcoder2": replace(
         _LLAMA, tied=True, gate=("c_fc",), gated=False, down="c_proj", qkv_bias=("use_bias", True),
@@ -122,7 +124,10 @@ FAMILIES: dict[str, Family] = {
         _LLAMA, output="dense", gate=("fc1",), gated=False, down="fc2", qkv_bias=True, output_bias=True, mlp_bias=True,
         head_bias=True, norm="layer", norm_weights=2, norms=1, parallel=True, activation="gelu_new",
         qk_norm="head", qk_norm_switch=("qk_layernorm", False), partial_rotary=True,
-        names=Names(norm="model.final_layernorm"),
+        names=Names(
+            norm="model.final_layernorm",
+            norms=("input_layernorm", "", "self_attn.q_layernorm", "self_attn.k_layernorm"),
+        ),
     ),
     "phi3": replace(
         _LLAMA, qkv=("qkv_proj",), gate=("gate_up_proj",), qkv_bias=False, output_bias=False, mlp_bias=False,

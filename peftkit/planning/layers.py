@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peftkit.planning.architecture import Architecture, Linear
+from peftkit.planning.norms import Norm
 from peftkit.planning.setting import Setting
 from peftkit.planning.tape import Tape, Tensor
 from peftkit.planning.trained import Touched, in_blocks, trained
@@ -40,6 +41,9 @@ class Layers:
         self.autocast = self.compute < FLOAT32
         self.plain = SIZES[setting.dtype]
         self.trained = trained(self.architecture, setting)
+        hidden, family = self.architecture.hidden, self.architecture.family
+        self.final = Norm(family.names.norm, hidden, hidden, family.norm_weights)
+        """The norm behind the blocks."""
         self.own = self.plain if setting.in_place else FLOAT32
         """Bytes of a trained number of the base."""
         self.at(0)
@@ -49,7 +53,8 @@ class Layers:
     def at(self, block: int) -> None:
         """What comes next belongs to this block, or stands behind them all."""
         blocks, what = self.trained.blocks, self.trained
-        behind = Touched(norms=what.norm, norm_biases=what.norm_bias)
+        final, none = frozenset({self.final.name}), frozenset[str]()
+        behind = Touched(norms=final if what.norm else none, norm_biases=final if what.norm_bias else none)
         self.here = blocks[block] if block < len(blocks) else behind
 
     @property
@@ -98,30 +103,30 @@ class Layers:
         """A mask is saved: bytes on CUDA, numbers of x's dtype on a CPU."""
         return self.tape.like(x, saves=[self.tape.fresh(x.numbers, 1 if self.on_cuda else x.size)])
 
-    def norm(self, x: Tensor, width: int) -> Tensor:
-        """A norm over `width` numbers: RMSNorm in float32, or torch's LayerNorm."""
-        return self._rms(x, width) if self.architecture.family.norm == "rms" else self._layer_norm(x, width)
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """RMSNorm in float32, or torch's LayerNorm."""
+        return self._rms(x, norm) if self.architecture.family.norm == "rms" else self._layer_norm(x, norm)
 
-    def _rms(self, x: Tensor, width: int) -> Tensor:
+    def _rms(self, x: Tensor, norm: Norm) -> Tensor:
         tape = self.tape
         precise = tape.cast(x, FLOAT32)
         square = tape.like(precise, saves=[precise])
-        mean = tape.op([square], x.numbers // width, FLOAT32)
+        mean = tape.op([square], x.numbers // norm.width, FLOAT32)
         scale = tape.like(mean, saves_output=True)
         normed = tape.cast(tape.like(precise, scale, saves=[precise, scale]), x.size)
-        if not self.here.norms:
+        if norm.name not in self.here.norms:
             return tape.op([normed], normed.numbers, max(normed.size, self.plain))
-        weight = tape.weight(width, self.own)
+        weight = tape.weight(norm.entries, self.own)
         saves = [normed, weight] if normed.needs_grad else [normed]
         return tape.op([normed, weight], normed.numbers, max(normed.size, self.own), saves=saves)
 
-    def _layer_norm(self, x: Tensor, width: int) -> Tensor:
+    def _layer_norm(self, x: Tensor, norm: Norm) -> Tensor:
         # CUDA's autocast runs layer_norm in float32, a CPU's in the dtype it gets.
         read = self.tape.cast(x, FLOAT32) if self.autocast and self.on_cuda else x
-        statistics = self.tape.fresh(2 * x.numbers // width, FLOAT32)
-        kinds = self.architecture.family.norm_weights
-        vectors = self.here.norms * min(kinds, 1) + self.here.norm_biases * (kinds == 2)
-        weights = [self.tape.weight(vectors * width, self.own)] if vectors else []
+        statistics = self.tape.fresh(2 * x.numbers // norm.width, FLOAT32)
+        here, vectors = self.here, norm.vectors
+        count = (norm.name in here.norms and vectors >= 1) + (norm.name in here.norm_biases and vectors == 2)
+        weights = [self.tape.weight(count * norm.entries, self.own)] if count else []
         return self.tape.like(read, *weights, saves=[read, statistics])
 
     def activation(self, x: Tensor) -> Tensor:

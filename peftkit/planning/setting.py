@@ -34,7 +34,7 @@ class Setting:
     in_place: bool = False
     """full only: the weights themselves are trained, in `dtype`, and nothing is beside them. So do other tools."""
     layers: Literal["all"] | tuple[int, ...] = "all"
-    """Blocks that an adapter, norms or bias_only touch."""
+    """Blocks that an adapter, norms or bias_only touch; only with `all` norms and biases outside of them."""
     top_layers: int = 0
     """top_layers: how many of the last blocks are trained."""
     train_head: bool = True
@@ -52,11 +52,11 @@ class Setting:
     trained_tokens: int = 0
     """How many rows of the embedding are trained: by trainable_tokens, or beside LoRA."""
     feedforward_modules: tuple[str, ...] = ()
-    """ia3: the layers among `target_modules` whose inputs are scaled; where both are left out, the MLP's last."""
+    """ia3: the layers among `target_modules` whose inputs are scaled; with `auto` it is the MLP's last."""
     lora_dropout: float = 0.0
     """Above 0, a mask and a dropped copy of every adapted layer's input are kept."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """all-linear (every linear layer but the head), or endings of module names."""
+    target_modules: Literal["all-linear", "auto"] | tuple[str, ...] = "all-linear"
+    """all-linear (every linear layer but the head), auto (ia3's own choice), or endings of module names."""
     rows_per_step: int = 16
     """The effective batch, which no plan changes."""
     row_copies: int = 1

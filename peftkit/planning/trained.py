@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import Literal
 
 from peftkit.planning.architecture import Architecture, Linear
+from peftkit.planning.norms import block_norms
 from peftkit.planning.setting import PARTIAL, PROMPTS, Setting
 
 _NONE: frozenset[str] = frozenset()
@@ -15,7 +17,7 @@ _NONE: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Touched:
-    """What is trained in one block: names of its linear layers, and its norms."""
+    """What is trained in one block: names of its linear layers and norms."""
 
     adapted: frozenset[str] = _NONE
     """Layers with an adapter."""
@@ -23,8 +25,9 @@ class Touched:
     """Layers whose own weight is trained."""
     biases: frozenset[str] = _NONE
     """Layers whose own bias is trained."""
-    norms: bool = False
-    norm_biases: bool = False
+    norms: frozenset[str] = _NONE
+    """Norms whose weight is trained."""
+    norm_biases: frozenset[str] = _NONE
     experts: bool = False
 
     @property
@@ -61,15 +64,14 @@ class Trained:
         return next((index for index, block in enumerate(self.blocks) if block.any), len(self.blocks))
 
     def share(self, name: str, what: str) -> int:
-        """In how many blocks a linear layer is `adapted`, or its `weights` or `biases` are trained."""
+        """In how many blocks a name is among the `adapted`, the `weights`, the `biases`, the `norms`, …"""
         return sum(name in getattr(block, what) for block in self.blocks)
 
 
 def trained(architecture: Architecture, setting: Setting) -> Trained:
     """What a setting trains. Raises BaseError when an ending of target_modules fits no layer."""
-    layers = tuple(range(architecture.layers)) if setting.layers == "all" else setting.layers
-    modules, patterns = setting.target_modules, setting.patterns
-    what = _trained(architecture, setting.method, modules, layers, setting.top_layers, setting.train_head, patterns)
+    places = setting.target_modules, setting.layers, setting.top_layers, setting.train_head, setting.patterns
+    what = _trained(architecture, setting.method, *places)
     return replace(what, in_prompt=True) if setting.trained_tokens else what
 
 
@@ -78,31 +80,32 @@ def _trained(
     architecture: Architecture,
     method: str,
     target_modules: str | tuple[str, ...],
-    layers: tuple[int, ...],
+    chosen: Literal["all"] | tuple[int, ...],
     top_layers: int,
     train_head: bool,
     patterns: tuple[str, ...],
 ) -> Trained:
-    total = architecture.layers
+    total, every = architecture.layers, chosen == "all"
+    layers = tuple(range(total)) if chosen == "all" else chosen
     if method in PROMPTS:
         return Trained((Touched(),) * total, in_prompt=True)
     if method not in PARTIAL:
-        names = frozenset(linear.name for linear in adapted_linears(architecture, method, target_modules))
+        names = frozenset(linear.name for linear in adapted_linears(architecture, target_modules))
         return Trained(_in(total, layers, Touched(adapted=names)))
     if method == "patterns":
         return _matching(architecture, patterns)
-    every = len(layers) == total
+    norms, with_shift = (_norms_with(architecture, vectors) for vectors in (1, 2))
     if method == "norms":
-        touched = Touched(norms=True, norm_biases=True)
+        touched = Touched(norms=norms, norm_biases=with_shift)
         return Trained(_in(total, layers, touched), norm=every, norm_bias=every)
     inside = [linear for linear in architecture.linears if in_blocks(architecture, linear)]
     with_bias = frozenset(linear.name for linear in inside if linear.bias)
     if method == "bias_only":
         biases = architecture.family.norm_weights == 2
-        touched = Touched(biases=with_bias, norm_biases=biases)
+        touched = Touched(biases=with_bias, norm_biases=with_shift)
         return Trained(_in(total, layers, touched), norm_bias=biases and every, head_bias=every)
     names = frozenset(linear.name for linear in inside)
-    whole = Touched(weights=names, biases=with_bias, norms=True, norm_biases=True, experts=True)
+    whole = Touched(weights=names, biases=with_bias, norms=norms, norm_biases=with_shift, experts=True)
     if method == "full":
         return Trained((whole,) * total, True, True, True, True, not architecture.tied, True, True)
     top = tuple(range(total - top_layers, total))
@@ -110,14 +113,12 @@ def _trained(
     return Trained(_in(total, top, whole), norm=head, norm_bias=head, head=head, head_bias=head)
 
 
-def adapted_linears(
-    architecture: Architecture, method: str, target_modules: str | tuple[str, ...]
-) -> tuple[Linear, ...]:
-    """The linear layers that an adapter's method goes on; with IA3, `all-linear` are keys, values and the MLP's last.
+def adapted_linears(architecture: Architecture, target_modules: str | tuple[str, ...]) -> tuple[Linear, ...]:
+    """The linear layers that an adapter goes on; `auto` are IA3's: keys, values and the MLP's last.
 
     Raises BaseError when an ending fits none.
     """
-    if method != "ia3" or target_modules != "all-linear":
+    if target_modules != "auto":
         return architecture.targets(target_modules)
     family = architecture.family
     wanted = {*(family.qkv if len(family.qkv) == 1 else family.qkv[1:]), feed_forward(architecture)}
@@ -128,6 +129,11 @@ def feed_forward(architecture: Architecture) -> str:
     """The layer whose input IA3 scales: the MLP's last."""
     family = architecture.family
     return f"{family.mlp}.{family.down}" if family.mlp else family.down
+
+
+def _norms_with(architecture: Architecture, vectors: int) -> frozenset[str]:
+    """Norms of a block that have a weight (1), or a bias too (2)."""
+    return frozenset(norm.name for norm in block_norms(architecture) if norm.vectors >= vectors)
 
 
 def in_blocks(architecture: Architecture, linear: Linear) -> bool:
@@ -141,8 +147,9 @@ def _in(total: int, layers: tuple[int, ...], touched: Touched) -> tuple[Touched,
 
 
 def _matching(architecture: Architecture, patterns: tuple[str, ...]) -> Trained:
-    """Tensors by name; a norm of a block counts as all norms of it."""
+    """Tensors by name."""
     family, names = architecture.family, architecture.family.names
+    norms, with_shift = (_norms_with(architecture, vectors) for vectors in (1, 2))
 
     def fits(name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -153,8 +160,8 @@ def _matching(architecture: Architecture, patterns: tuple[str, ...]) -> Trained:
         return Touched(
             weights=frozenset(linear.name for linear in inside if fits(f"{path}{linear.name}.weight")),
             biases=frozenset(linear.name for linear in inside if linear.bias and fits(f"{path}{linear.name}.bias")),
-            norms=any(fits(f"{path}{norm}.weight") for norm in names.norms),
-            norm_biases=family.norm_weights == 2 and any(fits(f"{path}{norm}.bias") for norm in names.norms),
+            norms=frozenset(name for name in norms if fits(f"{path}{name}.weight")),
+            norm_biases=frozenset(name for name in with_shift if fits(f"{path}{name}.bias")),
             experts=fits(f"{path}{family.mlp}.experts.gate_up_proj"),
         )
 
@@ -199,16 +206,9 @@ def _of(architecture: Architecture, linear: Linear, blocks: int) -> int:
 
 
 def _norms(architecture: Architecture, what: Trained) -> Iterator[tuple[int, int]]:
-    vectors = architecture.family.norm_weights
-    if not vectors:
-        return
-    hidden, total = architecture.hidden, architecture.layers
-    final = 1 if architecture.final_norm else 0
-    per_block = architecture.norm_parameters // vectors - final * hidden  # entries of one kind in all blocks
-    whole, rest = divmod(per_block // total, hidden)
-    for trained_in, at_end in (("norms", what.norm), ("norm_biases", what.norm_bias)):
-        if trained_in == "norm_biases" and vectors != 2:
-            continue
-        blocks = sum(getattr(block, trained_in) for block in what.blocks)
-        yield hidden, whole * blocks + (final if at_end else 0)
-        yield rest, blocks if rest else 0
+    for norm in block_norms(architecture):
+        yield norm.entries, what.share(norm.name, "norms")
+        yield norm.entries, what.share(norm.name, "norm_biases")
+    if architecture.final_norm:
+        vectors = architecture.family.norm_weights
+        yield architecture.hidden, int(what.norm and vectors >= 1) + int(what.norm_bias and vectors == 2)

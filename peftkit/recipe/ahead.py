@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from peftkit.base.ref import LocatedBase, read_config
 from peftkit.errors import BaseError
 from peftkit.events import Note, Report, Table, Warned
 from peftkit.planning.architecture import Architecture, architecture
+from peftkit.planning.memory import MemoryPlan
 from peftkit.recipe.forecast import Forecast, forecast
 from peftkit.recipe.groups import Groups
 from peftkit.recipe.lengths import Lengths
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from peftkit.training.schedule import Schedule
     from peftkit.tuning.tuned import Tuned
 
-_WEIGHTS = ("linear layers", "quantization constants", "embeddings", "head", "norms and biases")
+_WEIGHTS = (
+    "linear layers", "unpacked linear layers", "quantization constants", "embeddings", "head", "experts",
+    "norms and biases",
+)  # fmt: skip
+"""Parts of the base; the float32 copies that are trained stand beside it."""
 
 
 def shape_of(located: LocatedBase) -> Architecture | None:
@@ -71,19 +76,35 @@ class Ahead:
         return found
 
     def probe(self, tuned: Tuned, plan: Forecast | None) -> None:
-        """Try the longest rows; say what they took against the plan, and how long the run will be."""
+        """Try the longest rows; say what they took against the plan, and how long the run will be.
+
+        They go through the whole model. A run with a cached trunk takes less, so the plan beside them is that of the
+        same run without one, and its time is a bound.
+        """
         found = self._tried(tuned)
         if found is None:
             return
-        lines = _against(found, plan, tuned)
+        cached = self.given.train.trunk_cache
+        lines = _against(found, self._uncached() if plan is not None and cached else plan, tuned, self._without)
         self.report(Table("the longest rows, tried once", ("", "predicted", "measured"), tuple(map(_shown, lines))))
         times = _times(found, self.given, self.data, self.steps)
         total, training, measuring = (duration(t) for t in (sum(times.values()), times["training"], times["measuring"]))
-        self.report(Note(f"the run will take about {total}: training {training}, measuring at most {measuring}"))
+        words = (f"at most {total}", f"at most {training}{self._without}") if cached else (f"about {total}", training)
+        self.report(Note(f"the run will take {words[0]}: training {words[1]}, measuring at most {measuring}"))
         if self.folder is not None:
             names = ("what", "predicted", "measured", "unit")
             records = [dict(zip(names, line, strict=True)) for line in lines]
             self.folder.write_json("probe.json", {"rows": records, "seconds": times, **found.as_record()})
+
+    @property
+    def _without(self) -> str:
+        """What is said of figures of the whole model where the run will have a cached trunk."""
+        return " without the trunk cache" if self.given.train.trunk_cache else ""
+
+    def _uncached(self) -> Forecast | None:
+        shape = shape_of(self.located)
+        given = replace(self.given, train=self.given.train.model_copy(update={"trunk_cache": False}))
+        return forecast(shape, given, lengths_of(self.data, given), self.target) if shape is not None else None
 
     def _tried(self, tuned: Tuned) -> Probe | None:
         from peftkit.training.memory import is_out_of_memory
@@ -97,8 +118,14 @@ class Ahead:
             if not is_out_of_memory(error):
                 raise
         asked = f"{self.given.train.per_device_train_batch_size} training or {evaluate.batch_size} held-out rows"
-        self.report(Warned(f"the longest {asked} at once do not fit into memory", "find settings that fit: --budget"))
+        fact = f"the longest {asked} at once do not fit into memory{self._without}"
+        self.report(Warned(fact, "find settings that fit: --budget"))
         return None
+
+
+def weights_held(memory: MemoryPlan) -> int:
+    """Bytes of the base's own weights in a plan, as `backbone.quantize.footprint` measures them."""
+    return sum(part.bytes.expected for part in memory.parts if part.name in _WEIGHTS)
 
 
 def lengths_of(data: Audit, given: Groups) -> Lengths:
@@ -106,8 +133,10 @@ def lengths_of(data: Audit, given: Groups) -> Lengths:
     return Lengths.of(data.train.examples, data.held_out.examples, given.train.rows_per_step)
 
 
-def _against(found: Probe, plan: Forecast | None, tuned: Tuned) -> list[tuple[str, float | None, float, str]]:
-    """What was predicted and what was measured, with the unit."""
+def _against(
+    found: Probe, plan: Forecast | None, tuned: Tuned, without: str
+) -> list[tuple[str, float | None, float, str]]:
+    """What was predicted and what was measured, with the unit; `without` says what the step was tried without."""
     from peftkit.backbone.quantize import footprint
 
     weights = footprint(tuned.backbone.model)
@@ -115,7 +144,7 @@ def _against(found: Probe, plan: Forecast | None, tuned: Tuned) -> list[tuple[st
     step_bytes = measured_bytes = weight_bytes = rate = None
     if plan is not None:
         memory = plan.memory
-        weight_bytes = sum(part.bytes.expected for part in memory.parts if part.name in _WEIGHTS)
+        weight_bytes = weights_held(memory)
         # The allocator does not see CUDA's context.
         around = memory.part("context").bytes.expected if plan.target.device == "cuda" else 0
         step_bytes = memory.stage("train").bytes.expected - around
@@ -124,8 +153,8 @@ def _against(found: Probe, plan: Forecast | None, tuned: Tuned) -> list[tuple[st
             rate = plan.setting.rows_per_step * plan.lengths.mean / plan.time.step.expected
     rows: list[tuple[str, float | None, float, str]] = [
         ("weights", weight_bytes, weights.linear_bytes + weights.other_bytes, "bytes"),
-        ("memory of a step", step_bytes, found.step.peak_bytes, "bytes"),
-        ("training tokens/s", rate, found.step.tokens_per_second, "tokens/s"),
+        (f"memory of a step{without}", step_bytes, found.step.peak_bytes, "bytes"),
+        (f"training tokens/s{without}", rate, found.step.tokens_per_second, "tokens/s"),
     ]
     if evaluated:
         rows.insert(2, ("memory of measuring", measured_bytes, max(evaluated), "bytes"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from peftkit.base.ref import LocatedBase, read_config
@@ -15,6 +16,7 @@ from peftkit.recipe.groups import Groups, groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.target import Target
 from peftkit.render import size
+from peftkit.tuning.methods import AdapterSpec
 
 _FREE = ("micro_batch", "evaluation_batch")
 """What a budget may always change: neither changes a gradient or a figure."""
@@ -22,6 +24,7 @@ _FREE = ("micro_batch", "evaluation_batch")
 
 def fitted(
     resolved: Resolved[Any],
+    adapter: AdapterSpec,
     architecture: Architecture,
     lengths: Lengths,
     target: Target,
@@ -31,11 +34,12 @@ def fitted(
 ) -> Resolved[Any]:
     """The settings as the fastest plan within the target's bytes has them; every change is reported with its reason.
 
-    What the command line or a file sets stays, the number of rows at once apart. `shorter` consents to shorter rows.
+    `adapter` is what will be trained: that of a parent, where the settings name one. What the command line or a file
+    sets stays, the number of rows at once apart. `shorter` consents to shorter rows.
     Raises TrainingError when nothing fits.
     """
     assert target.bytes is not None  # a budget was given
-    given = groups(resolved.config)
+    given = replace(groups(resolved.config), adapter=adapter)
     before = setting_of(architecture, given, lengths, target)
     found = fit(
         architecture,

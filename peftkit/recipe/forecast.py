@@ -136,7 +136,7 @@ def setting_of(architecture: Architecture, given: Groups, lengths: Lengths, targ
     plain = compute if quant.dtype == "auto" else quant.dtype
     return Setting(
         **what_is_trained(architecture, given.adapter),
-        **_what_regularizers_hold(train.regularize),
+        **what_regularizers_hold(train.regularize),
         trunk_cache=train.trunk_cache,
         bits=quant.bits,
         double_quant=quant.double_quant,
@@ -166,7 +166,7 @@ def what_is_trained(architecture: Architecture, adapter: AdapterSpec) -> dict[st
     values = {
         "r": adapter.init_r or adapter.r,  # AdaLoRA begins with more
         "lora_dropout": adapter.lora_dropout,
-        "target_modules": tuple(modules) if isinstance(modules, list) else None,
+        "target_modules": tuple(modules) if isinstance(modules, list) else modules,
         "feedforward_modules": tuple(adapter.feedforward_modules or ()),
         "top_layers": adapter.top_layers,
         "train_head": adapter.train_head,
@@ -174,12 +174,13 @@ def what_is_trained(architecture: Architecture, adapter: AdapterSpec) -> dict[st
         "oft_block_size": adapter.oft_block_size,
         "decompose_factor": adapter.decompose_factor,
         "num_virtual_tokens": adapter.num_virtual_tokens,
-        "trained_tokens": len(adapter.tokens or ()),
+        "trained_tokens": len(set(adapter.tokens or ())),
     }
     return {"method": adapter.method, "layers": chosen} | {n: value for n, value in values.items() if value is not None}
 
 
-def _what_regularizers_hold(regularize: RegularizeSpec) -> dict[str, Any]:
+def what_regularizers_hold(regularize: RegularizeSpec) -> dict[str, Any]:
+    """The fields of a Setting that say what regularizers hold besides."""
     copies = int(bool(regularize.l2_sp or regularize.mixout))
     return {"row_copies": 2 if regularize.r_drop else 1, "starts": copies, "mixout": regularize.mixout > 0}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from peftkit.recipe.forecast import Forecast, forecast
 from peftkit.recipe.groups import Groups, groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.target import Target
+from peftkit.recipe.to_train import groups_to_train
+from peftkit.registry.store import Registry
 
 
 def outlook(
     resolved: Resolved[Any],
     cache: Path,
+    registry: Registry,
     target: Target,
     *,
     fit: bool = False,
@@ -29,10 +33,10 @@ def outlook(
 ) -> tuple[Forecast, Resolved[Any]]:
     """Plan a recipe for a target; with `fit`, change its settings until they fit. Returns the plan and the settings.
 
-    Raises BaseError for a base that cannot be found or planned, DataError for rows that cannot be used, TrainingError
-    when nothing fits.
+    `registry` holds the adapter that `init_from` may name. Raises BaseError for a base that cannot be found or planned,
+    DataError for rows that cannot be used, TrainingError when nothing fits, and what a run refuses before it loads.
     """
-    given = groups(resolved.config)
+    given = groups_to_train(resolved, registry)
     located = locate(given.base, cache, report, weights=False)
     config = read_config(located.folder)
     agree_with_upload(given.quant, config, located.source)
@@ -41,8 +45,9 @@ def outlook(
         report(Warned("the plan is that of the language model alone: this base sees images too", None))
     lengths = _lengths(given, located.folder, report)
     if fit:
-        resolved = fitted(resolved, shape, lengths, target, report, shorter=shorter)
-    return forecast(shape, groups(resolved.config), _cut(lengths, resolved), target), resolved
+        resolved = fitted(resolved, given.adapter, shape, lengths, target, report, shorter=shorter)
+    planned = replace(groups(resolved.config), adapter=given.adapter)
+    return forecast(shape, planned, _cut(lengths, resolved), target), resolved
 
 
 def _lengths(given: Groups, folder: Path, report: Report) -> Lengths:

@@ -82,7 +82,7 @@ def _settings(version: Version, recipe: Recipe, runs: Path, overrides: Sequence[
         raise RunError(f"{version.reference} was not made by a recipe", expected="an adapter that peftkit train made")
     if recipe.sha256 != recorded.sha256:
         report(Warned(f"{recipe.path} is not the file that made {version.reference}: it has another digest"))
-    settings = _parent_settings(version)
+    settings = [*_parent_settings(version), *_rate_setting(version)]
     # A manifest may name any run; only the run that says itself that it made this version is believed.
     kept = next((run.path for run in list_runs(runs) if run.saved_as == version.reference), None)
     if kept is not None and (kept / "config.yaml").is_file():
@@ -124,6 +124,15 @@ def _parent_settings(version: Version) -> list[str]:
         f"init_from={continued[0].name}@{continued[0].version}",
         *(f"adapter.{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in fixed.items()),
     ]
+
+
+def _rate_setting(version: Version) -> list[str]:
+    """The rate that was used where the settings leave it to the method, whose default may be another one today."""
+    assert version.manifest.recipe is not None  # the caller's check
+    asked, done = version.manifest.recipe.config.get("train"), version.manifest.metrics.other.get("training")
+    left_open = isinstance(asked, Mapping) and "learning_rate" in asked and asked["learning_rate"] is None
+    used = done.get("learning_rate") if isinstance(done, Mapping) else None
+    return [f"train.learning_rate={json.dumps(used)}"] if left_open and isinstance(used, int | float) else []
 
 
 def _check_rows(version: Version, config: Any) -> None:

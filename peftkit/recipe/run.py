@@ -105,17 +105,19 @@ class Run:
     def fit(self, budget: str) -> None:
         """Change the settings until the run fits into so much memory of this machine, and never its effective batch.
 
-        Raises TrainingError when nothing fits, ConfigError for a recipe that cannot be planned or a wrong size.
+        Raises TrainingError when nothing fits, ConfigError for a recipe that cannot be planned or a wrong size, and
+        what `to_train` raises for settings that do not go together.
         """
         from peftkit.recipe.ahead import lengths_of
         from peftkit.recipe.fitting import fitted, known_shape
-        from peftkit.recipe.groups import groups
         from peftkit.recipe.target import this_machine
+        from peftkit.recipe.to_train import groups_to_train
 
-        given = groups(self.resolved.config)
+        given = groups_to_train(self.resolved, self.registry, resumed=self.start is not None)
         self.target = this_machine(given.quant, budget)
         lengths = lengths_of(self.audit(given.base, given.data), given)
-        self.resolved = fitted(self.resolved, known_shape(self._located), lengths, self.target, self.report)
+        shape = known_shape(self._located)
+        self.resolved = fitted(self.resolved, given.adapter, shape, lengths, self.target, self.report)
 
     def plan(
         self, base: BaseSpec, quant: QuantSpec, adapter: AdapterSpec, train: TrainSpec, init_from: str | None = None
@@ -127,13 +129,14 @@ class Run:
         from peftkit.recipe.ahead import Ahead
         from peftkit.recipe.groups import groups_with
         from peftkit.recipe.target import this_machine
-        from peftkit.recipe.tune import load_tuned, to_train
+        from peftkit.recipe.to_train import to_train
+        from peftkit.recipe.tune import load_tuned
         from peftkit.training.schedule import schedule
 
         data, rows = self._audited(), self._audited().train.examples
         # The settings of a resumed run come from its folder, defaults included; they were agreed when it began.
         parent = self.registry.resolve(init_from) if init_from else None
-        what = to_train(adapter, quant, parent, {} if self.start else self.resolved.sources)
+        what = to_train(adapter, quant, train, parent, {} if self.start else self.resolved.sources)
         given = groups_with(self.resolved.config, base=base, quant=quant, adapter=what.adapter, train=train)
         assert self._located is not None  # audit has found the base
         steps, target = schedule(rows, train), self.target or this_machine(quant)

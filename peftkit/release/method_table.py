@@ -15,7 +15,6 @@ from peftkit.tuning.stored import read
 
 COLUMNS = ("method", "settings", "rate", "bits", "merges", "vLLM", "GGUF")
 _ENGINES: tuple[Engine, ...] = ("vllm", "gguf")
-_SHORT = {"ok": "yes", "folded": "yes", "differs": "other base"}
 
 
 def rows(examples: Mapping[MethodName, tuple[Version, Path]]) -> Iterator[tuple[str, ...]]:
@@ -45,12 +44,9 @@ def _what_it_can(name: MethodName, version: Version, base: Path) -> Iterator[str
         yield from ("no", *("no" for _ in _ENGINES))
         return
     yield "onto dequantized" if name == "loftq" else "yes"
-    features = features_of(deltas, stored.config, quantized=name == "loftq")
+    features = features_of(deltas, stored.config, repaired=name == "loftq")
     for engine in _ENGINES:
-        findings = check(engine, features)
-        worst = [finding.cell.outcome for finding in findings if finding.blocking]
-        differs = [finding.cell.outcome for finding in findings if finding.cell.outcome == "differs"]
-        yield "merged" if worst else _SHORT[next(iter(differs), "ok")]
+        yield "merged" if any(finding.blocking for finding in check(engine, features)) else "yes"
 
 
 def _setting(key: str, value: object) -> str:

@@ -145,7 +145,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         trainer, backbone = self.trainer, self.trainer.tuned.backbone
         nll = self._team.first(self._held_out_nll())  # one device's rounding must decide for all
         trainer.log_step(self.journal.step, {"held_out_nll": nll})
-        better = self.journal.measured(nll)
+        better = self.journal.measured(nll, counts=self.journal.step > trainer.unfreezing.last_thaw)
         if trainer.spec.early_stopping_patience is None:
             trainer.watch(self.journal.step, {"held_out_nll": nll})
         if better:  # in memory too: its checkpoint may find no room on the disk

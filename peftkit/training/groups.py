@@ -11,7 +11,7 @@ from torch import nn
 
 from peftkit.training.rates import annealed, freezing_times, learning_rate, multipliers, scheduled
 from peftkit.training.spec import TrainSpec
-from peftkit.tuning.depth import Depths, decays
+from peftkit.tuning.depth import Depths, decaying
 from peftkit.tuning.tuned import Tuned
 
 _LORA_B = ("lora_B", "lora_embedding_B")
@@ -46,14 +46,14 @@ def parameter_groups(tuned: Tuned, depths: Depths, spec: TrainSpec) -> tuple[Gro
     scale = multipliers(spec.layerwise, depths, trained)
     times = freezing_times(spec.freezeout, trained)
     peak, ratio = learning_rate(tuned, spec), tuned.spec.lora_plus_ratio or 1.0
-    modules: dict[str, nn.Module] = dict(tuned.model.named_modules())
+    decayed = decaying(tuned.model, tuned.trainable)
     found: dict[tuple[float, float, float | None], list[str]] = {}
-    for name, parameter in tuned.trainable.items():
+    for name in tuned.trainable:
         depth, until = depths.of[name], times.get(depths.of[name])
         rate = peak * scale[depth] * (ratio if _is_lora_b(name) else 1.0)
         if until is not None and spec.freezeout.scaled:
             rate /= until
-        decay = spec.weight_decay if decays(name, modules[name.rpartition(".")[0]], parameter) else 0.0
+        decay = spec.weight_decay if name in decayed else 0.0
         found.setdefault((rate, decay, until), []).append(name)
     return tuple(Group(tuple(names), *key) for key, names in found.items())
 

@@ -28,7 +28,7 @@ class Journal:
     """The step after which the held-out rows were most likely."""
     best_nll: float | None = None
     worse: int = 0
-    """Measurements in a row without a better one."""
+    """Measurements in a row without a better one, from the last thaw on."""
     watchdog: dict[str, Any] = field(default_factory=dict)
 
     def add(self, result: StepResult, seconds: float) -> None:
@@ -40,10 +40,13 @@ class Journal:
         self.first_loss = result.loss if self.first_loss is None else self.first_loss
         self.last_loss = result.loss
 
-    def measured(self, nll: float) -> bool:
-        """One measurement of the held-out rows more, in nats per answer token; whether it is the best so far."""
+    def measured(self, nll: float, *, counts: bool = True) -> bool:
+        """One measurement of the held-out rows more, in nats per answer token; whether it is the best so far.
+
+        One that is not and `counts` is one more in a row without a better one.
+        """
         if self.best_nll is not None and not nll < self.best_nll:
-            self.worse += 1
+            self.worse += counts
             return False
         self.best_step, self.best_nll, self.worse = self.step, nll, 0
         return True

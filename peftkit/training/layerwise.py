@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -32,12 +32,17 @@ class LayerwiseSpec(Spec):
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if self.decay is not None and self.rates:
-            raise ValueError("decay and rates are two ways to say the same: set one of them")
+            raise ValueError(
+                f"decay={self.decay:g} and rates are two ways to say the same: set train.layerwise.decay=null or "
+                "train.layerwise.rates={}"
+            )
         return self
 
 
 class UnfreezeSpec(Spec):
     """Gradual unfreezing: start with one end of the model, and add a part after every so many epochs or steps."""
+
+    selector: ClassVar[str] = "direction"
 
     direction: Literal["none", "deep_first", "shallow_first"] = "none"
     """deep_first: the head, then the blocks downwards, the embeddings last (ULMFiT); shallow_first: the other way."""
@@ -52,19 +57,31 @@ class UnfreezeSpec(Spec):
     def _one_pace(self) -> Self:
         paces = sum(value is not None for value in (self.every_epochs, self.every_steps))
         if self.direction == "none" and (paces or self.groups != 1):
-            raise ValueError("nothing is unfrozen without a direction: deep_first or shallow_first")
+            raise ValueError(f"nothing is unfrozen without a direction: set deep_first or shallow_first, or {self.off}")
         if self.direction != "none" and paces == 0:
-            raise ValueError(f"direction={self.direction} needs every_epochs or every_steps")
+            raise ValueError(
+                f"direction={self.direction} needs train.unfreeze.every_epochs or train.unfreeze.every_steps"
+            )
         if paces == 2:
             both = f"every_epochs={self.every_epochs:g} and every_steps={self.every_steps}"
-            raise ValueError(f"{both} are two paces: set one of them to null")
+            raise ValueError(
+                f"{both} are two paces: set train.unfreeze.every_epochs=null or train.unfreeze.every_steps=null"
+            )
         return self
+
+    @property
+    def off(self) -> str:
+        """The overrides that take back what is set here."""
+        mend = {"direction": "none", "every_epochs": "null", "every_steps": "null", "groups": "1"}
+        default = type(self).model_fields
+        return " ".join(f"train.unfreeze.{k}={v}" for k, v in mend.items() if getattr(self, k) != default[k].default)
 
 
 class FreezeOutSpec(Spec):
     """FreezeOut: each depth's rate falls to 0 along a cosine of its own, and then it is frozen.
 
-    Brock et al. 2017, arXiv 1706.04983, and its code; the paper's formula lacks a factor of one half.
+    Brock et al. 2017, arXiv 1706.04983, and its code; the formula in the README of that code lacks a factor of one
+    half. The cosine stands in for train.lr_scheduler_type, which stays at its default, and there is no warm-up.
     """
 
     t_0: float | None = Field(default=None, gt=0, le=1)

@@ -23,6 +23,8 @@ from peftkit.training.regularize.losses import TokenLoss, twice
 from peftkit.training.regularize.mixout import mixture
 from peftkit.training.regularize.penalties import Penalties
 from peftkit.training.regularize.spec import RegularizeSpec
+from peftkit.tuning.depth import decaying
+from peftkit.tuning.methods import METHODS
 from peftkit.tuning.tuned import Tuned
 
 
@@ -71,7 +73,8 @@ class Regularized(Objective):
         self.spec = spec
         self.tuned = tuned
         start = {n: p.detach().clone() for n, p in tuned.trainable.items()} if spec.l2_sp or spec.mixout else {}
-        self.penalties = Penalties(spec.l1, spec.l2, spec.l2_sp, start)
+        spared = frozenset(tuned.trainable) - decaying(tuned.model, tuned.trainable)
+        self.penalties = Penalties(spec.l1, spec.l2, spec.l2_sp, start, spared)
         self.matrices = {name: value for name, value in start.items() if spec.mixout and value.dim() > 1}
         """What mixout mixes the trained matrices with."""
         self.places: list[Place] = places_of_dropout(tuned.model) if spec.dropout is not None else []
@@ -126,10 +129,11 @@ class Regularized(Objective):
         )
 
 
-def objective(tuned: Tuned, spec: RegularizeSpec, *, sharded: bool = False) -> Objective:
+def objective(tuned: Tuned, spec: RegularizeSpec, *, sharded: bool = False, trunk_cache: bool = False) -> Objective:
     """The objective of a run, made before its first step: the tensors' values now are where it started.
 
     Raises TrainingError for a regularizer that would have no effect, or cannot be right over a base that is `sharded`.
+    With `trunk_cache`, its hints leave out what a cached trunk does not go with.
     """
     if not spec.active:
         return Objective()
@@ -141,7 +145,14 @@ def objective(tuned: Tuned, spec: RegularizeSpec, *, sharded: bool = False) -> O
             f"train.regularize.dropout={spec.dropout:g} has no effect: {type(tuned.backbone.model).__name__} has no "
             "place for dropout",
             expected="an nn.Dropout, or a rate that attention reads",
-            hint="remove train.regularize.dropout, or set adapter.lora_dropout",
+            hint="remove train.regularize.dropout"
+            + (", or set adapter.lora_dropout" if _has_own_dropout(tuned) else ""),
+        )
+    if spec.dropout is not None and all(getattr(module, name) == spec.dropout for module, name in made.places):
+        raise TrainingError(
+            f"train.regularize.dropout={spec.dropout:g} has no effect: the base has that rate already",
+            expected="another rate than the base's own",
+            hint="remove train.regularize.dropout",
         )
     if spec.mixout and not made.matrices:
         raise TrainingError(
@@ -153,7 +164,7 @@ def objective(tuned: Tuned, spec: RegularizeSpec, *, sharded: bool = False) -> O
         raise TrainingError(
             f"train.regularize.r_drop={spec.r_drop:g} has no effect: nothing drops, so two passes are the same",
             expected="dropout in the adapter or in the base",
-            hint="set adapter.lora_dropout=0.1 or train.regularize.dropout=0.1",
+            hint=_how_to_drop(made, trunk_cache),
         )
     return made
 
@@ -162,6 +173,18 @@ def _drops(made: Regularized) -> bool:
     rate = made.spec.dropout
     with dropout_at(made.places, rate) if rate is not None else nullcontext():
         return drops(made.tuned.model)
+
+
+def _has_own_dropout(tuned: Tuned) -> bool:
+    return "lora_dropout" in METHODS[tuned.spec.method].fields
+
+
+def _how_to_drop(made: Regularized, trunk_cache: bool) -> str:
+    """A base's dropout is in all its blocks, and so in a trunk."""
+    ways = ["adapter.lora_dropout=0.1"] if _has_own_dropout(made.tuned) else []
+    if places_of_dropout(made.tuned.model):
+        ways.append("train.regularize.dropout=0.1" + (" train.trunk_cache=false" if trunk_cache else ""))
+    return f"set {' or '.join(ways)}" if ways else "remove train.regularize.r_drop"
 
 
 def _refuse_sharded(spec: RegularizeSpec) -> None:

@@ -124,7 +124,7 @@ def _step(
         pad_id=backbone.tokenizer.pad_id,
         device=backbone.device,
         forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
-        objective=objective(tuned, spec.regularize),
+        objective=objective(tuned, spec.regularize, trunk_cache=spec.trunk_cache),
     )
     with around:
         step.run(len(rows))

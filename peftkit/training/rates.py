@@ -24,7 +24,7 @@ def learning_rate(tuned: Tuned, spec: TrainSpec) -> float:
 
 def warmup_steps(spec: TrainSpec, steps: int) -> int:
     """Steps in which the rate rises; the first of them has a rate of 0, so one alone would only waste a step."""
-    if spec.freezeout.t_0 is not None:
+    if spec.freezeout.t_0 is not None or spec.lr_scheduler_type == "constant":
         return 0
     if spec.lr_scheduler_type == "slanted_triangular":
         return max(1, steps // _CUT)
@@ -35,7 +35,7 @@ def warmup_steps(spec: TrainSpec, steps: int) -> int:
 def scheduled(spec: TrainSpec, step: int, steps: int) -> float:
     """What the peak rate is multiplied by at `step` of `steps`, counted from 0, without FreezeOut.
 
-    constant, linear and cosine are bitwise those of transformers (optimization.py).
+    All but slanted_triangular are bitwise those of transformers (optimization.py).
     """
     warmup = warmup_steps(spec, steps)
     if spec.lr_scheduler_type == "constant":
@@ -44,6 +44,8 @@ def scheduled(spec: TrainSpec, step: int, steps: int) -> float:
         return slanted_triangular(step, steps)
     if step < warmup:
         return step / max(1, warmup)
+    if spec.lr_scheduler_type == "constant_with_warmup":
+        return 1.0
     if spec.lr_scheduler_type == "linear":
         return max(0.0, (steps - step) / max(1, steps - warmup))
     progress = (step - warmup) / max(1, steps - warmup)
@@ -53,8 +55,8 @@ def scheduled(spec: TrainSpec, step: int, steps: int) -> float:
 def slanted_triangular(step: int, steps: int) -> float:
     """A short rise and a long fall, between 1/32 and 1 (arXiv 1801.06146, eq. 3, cut_frac 0.1, ratio 32).
 
-    The paper divides by cut·(1/cut_frac - 1), which for less than 10 · cut steps ends below 0; the steps that are
-    left after the cut are the same number wherever `steps` is a multiple of ten.
+    The paper divides by cut·(1/cut_frac - 1), which for more than 10 · cut steps ends below 0 (19 steps: cut is 1); the
+    steps that are left after the cut are the same number wherever `steps` is a multiple of ten.
     """
     cut = max(1, steps // _CUT)
     share = step / cut if step < cut else 1 - (step - cut) / max(1, steps - cut)
@@ -74,8 +76,11 @@ def freezing_times(spec: FreezeOutSpec, trained: Iterable[int]) -> dict[int, flo
 
 
 def frozen_from(until: float, steps: int) -> int:
-    """The first step, counted from 0, at which a depth that freezes after the share `until` of the run is frozen."""
-    return math.ceil(round(until * steps, 9))
+    """The first step, counted from 0, at which a depth that freezes after the share `until` of the run is frozen.
+
+    Any share above 0 begins with the first step, however small.
+    """
+    return max(1, math.ceil(round(until * steps, 9)))
 
 
 def annealed(until: float, step: int, steps: int) -> float:

@@ -22,6 +22,7 @@ from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.course import MEASURED_AT_ONCE, Course
 from peftkit.training.memory import is_out_of_memory, keep_activations, peak_bytes, reset_peak
 from peftkit.training.parallel import Team, digest, team
+from peftkit.training.rates import learning_rate
 from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.spec import TrainSpec
 from peftkit.training.stop import StopRequest
@@ -47,6 +48,8 @@ class Trained:
     """Of the process or device that used most, since it began."""
     best_step: int | None
     """The step with the best held-out likelihood, where that was measured."""
+    learning_rate: float
+    """The peak rate that train.learning_rate gave, or where it is null the method."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -125,6 +128,7 @@ def train(
         last_loss=journal.last_loss,
         peak_bytes=int(together.most(peak_bytes(tuned.backbone.device))),
         best_step=journal.best_step,
+        learning_rate=learning_rate(tuned, spec),
     )
 
 

@@ -10,6 +10,8 @@ from peftkit.config import Spec
 from peftkit.training.layerwise import FreezeOutSpec, LayerwiseSpec, UnfreezeSpec
 from peftkit.training.regularize.spec import RegularizeSpec
 
+_WARMUP = 0.03
+
 
 class TrainSpec(Spec):
     """Settings of supervised fine-tuning; names are those of transformers where it has one."""
@@ -22,10 +24,11 @@ class TrainSpec(Spec):
     """Stop before the step that would exceed so many training tokens."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak rate; None takes the one of the method that is trained."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine", "slanted_triangular"] = "cosine"
-    """How the rate falls after warm-up; slanted_triangular is ULMFiT's, which rises in the first tenth of the run."""
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps in which the rate rises from zero."""
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine", "slanted_triangular"] = "cosine"
+    """How the rate falls after warm-up; slanted_triangular is ULMFiT's, which rises in the first tenth of the run.
+    With freezeout.t_0, cosine stands for that of each depth."""
+    warmup_ratio: float = Field(default=_WARMUP, ge=0, lt=1)
+    """Share of the steps in which the rate rises from zero; not used by constant, slanted_triangular and freezeout."""
     layerwise: LayerwiseSpec = LayerwiseSpec()
     """Other rates for lower layers."""
     unfreeze: UnfreezeSpec = UnfreezeSpec()
@@ -51,7 +54,8 @@ class TrainSpec(Spec):
     eval_steps: int | None = Field(default=None, gt=0)
     """Measure the likelihood of the held-out rows after so many steps; None measures before and after training only."""
     early_stopping_patience: int | None = Field(default=None, gt=0)
-    """Stop after so many measurements in a row without a better one, and go on with the best; needs eval_steps."""
+    """Stop after so many measurements in a row without a better one, and go on with the best; needs eval_steps.
+    With unfreeze, those before the last thaw do not count."""
     save_steps: int | None = Field(default=None, gt=0)
     """Steps between checkpoints; None makes ten in a run. Ctrl-C and the last step write one too."""
     save_total_limit: int = Field(default=2, gt=0)
@@ -73,24 +77,40 @@ class TrainSpec(Spec):
     def _a_cached_trunk_is_not_changed(self) -> Self:
         if self.trunk_cache and self.regularize.on_embeddings:
             name = f"regularize.{self.regularize.on_embeddings[0]}"
-            raise ValueError(f"trunk_cache and {name} exclude each other: what lies below is computed once")
+            raise ValueError(
+                f"trunk_cache and {name} exclude each other: what lies below is computed once; set trunk_cache=false, "
+                f"or remove {name}"
+            )
         return self
 
     @model_validator(mode="after")
-    def _no_rate_is_ignored(self) -> Self:
-        given = {
-            name: getattr(self, name)
-            for name in ("lr_scheduler_type", "warmup_ratio")
-            if getattr(self, name) != type(self).model_fields[name].default
-        }
-        if self.freezeout.t_0 is not None:
-            if self.unfreeze.direction != "none":
-                raise ValueError("freezeout.t_0 and unfreeze.direction are two orders of freezing: set one of them")
-            if given:
-                raise ValueError(f"freezeout.t_0 brings a schedule of its own, and {_words(given)} would be ignored")
-        if self.lr_scheduler_type == "slanted_triangular" and "warmup_ratio" in given:
+    def _freezeout_has_a_course_of_its_own(self) -> Self:
+        # Set to their defaults they are taken without a word: the settings that a run keeps for --resume name all.
+        mend: dict[str, str] = {}
+        if self.unfreeze.direction != "none":
+            mend[f"unfreeze.direction={self.unfreeze.direction}"] = self.unfreeze.off
+        if self.lr_scheduler_type != "cosine":
+            mend[f"lr_scheduler_type={self.lr_scheduler_type}"] = "train.lr_scheduler_type=cosine"
+        if self.warmup_ratio not in (0, _WARMUP):
+            mend[f"warmup_ratio={self.warmup_ratio}"] = f"train.warmup_ratio={_WARMUP}"
+        if self.freezeout.t_0 is not None and mend:
             raise ValueError(
-                f"slanted_triangular warms up in the first tenth, and warmup_ratio={self.warmup_ratio} would be ignored"
+                f"freezeout.t_0 brings an order and rates of its own, and {' and '.join(mend)} would be ignored: set "
+                + " ".join(mend.values())
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_warmup_is_ignored(self) -> Self:
+        if self.lr_scheduler_type == "slanted_triangular" and self.warmup_ratio != _WARMUP:
+            raise ValueError(
+                f"slanted_triangular warms up in the first tenth, and warmup_ratio={self.warmup_ratio} would be "
+                f"ignored: set train.warmup_ratio={_WARMUP}, its default"
+            )
+        if self.lr_scheduler_type == "constant" and self.warmup_ratio not in (0, _WARMUP):
+            raise ValueError(
+                f"constant has no warm-up, and warmup_ratio={self.warmup_ratio} would be ignored: set "
+                "train.lr_scheduler_type=constant_with_warmup or train.warmup_ratio=0"
             )
         return self
 
@@ -98,10 +118,6 @@ class TrainSpec(Spec):
     def rows_per_step(self) -> int:
         """The effective batch."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-
-def _words(settings: dict[str, Any]) -> str:
-    return " and ".join(f"{name}={value}" for name, value in settings.items())
 
 
 # Sized by arithmetic, not yet run on such cards: with a vocabulary of 150,000 the logits of one training row of 1,024

@@ -75,10 +75,12 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         self.examples, self.plan, self.spec, self.tuned = examples, plan, spec, tuned
         self.report, self.log_step = report, log
         self.journal = Journal(spec.per_device_train_batch_size, spec.gradient_checkpointing)
-        self.watchdog = Watchdog(len(plan), warmup_steps=warmup_steps(spec, len(plan)))
+        self.watchdog = Watchdog(
+            len(plan), learning_rate=learning_rate(tuned, spec), warmup_steps=warmup_steps(spec, len(plan))
+        )
         self.result: StepResult | None = None
         """What the step in progress did; the journal has it once the optimizer has used it."""
-        self.objective = objective(tuned, spec.regularize, sharded=team.sharded)
+        self.objective = objective(tuned, spec.regularize, sharded=team.sharded, trunk_cache=spec.trunk_cache)
         self.allocator = allocator(tuned, len(plan))
         self.groups, self.unfreezing = self._by_depth()
         base = tuned.inner
@@ -109,7 +111,7 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
     def _by_depth(self) -> tuple[tuple[Group, ...], Unfreezing]:
         """The optimizer's groups and what trains when; the rates are told where the settings do not."""
         tuned, spec = self.tuned, self.spec
-        check_freezing(spec, sharded=self.team.sharded, allocates=self.allocator is not None)
+        check_freezing(spec, sharded=self.team.sharded)
         if spec.learning_rate is None:
             reason = f"none was given, and this is {tuned.spec.method}'s default"
             self.report(Decision("learning rate", f"{learning_rate(tuned, spec):g}", reason))
@@ -158,6 +160,8 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         """Run one whole optimizer step's forward and backward passes; the loss is a 0-dim float32 tensor."""
         self.step_began = time.perf_counter()
         self.unfreezing.begin(self.journal.step, self.optimizer)
+        if self.unfreezing.changes_at(self.journal.step):
+            self.watchdog.begin_anew()
         model.train()
         backbone = self.tuned.backbone
         step = Step(

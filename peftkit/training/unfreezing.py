@@ -38,7 +38,7 @@ def spans(spec: TrainSpec, trained: Iterable[int], *, rows: int, steps: int) -> 
             f"train.unfreeze.groups={spec.unfreeze.groups} thaws all of the {len(order)} depths that hold trained "
             "tensors at the first step",
             expected="more depths than are thawed at once",
-            hint="remove train.unfreeze, or lower train.unfreeze.groups",
+            hint="train.unfreeze.direction=none, or lower train.unfreeze.groups",
         )
     every = Fraction(spec.unfreeze.every_steps or 0)
     if spec.unfreeze.every_epochs is not None:
@@ -54,10 +54,16 @@ class Unfreezing:
         self.tuned, self.depths, self.spans, self.report = tuned, depths, spans, report
         self._training = frozenset(spans)
         self._names = {depth: [name for name in tuned.names if depths.of[name] == depth] for depth in spans}
+        self.last_thaw = max(span.start for span in spans.values() if span)
+        """The step, counted from 0, from which on all trains that ever does."""
         never = sum(len(self._names[depth]) for depth, span in spans.items() if not span)
         if never:
             text = f"{never} of {len(tuned.names)} trained tensors are never thawed in this run and stay as they are"
             report(Warned(text, "lower train.unfreeze.every_epochs or every_steps, raise groups, or train longer"))
+
+    def changes_at(self, step: int) -> bool:
+        """Whether other depths train at `step`, counted from 0, than at the one before; also right after a resume."""
+        return step > 0 and any((step in span) != (step - 1 in span) for span in self.spans.values())
 
     def begin(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Let those depths train that do so at `step`, counted from 0; nothing happens where nothing changes."""
@@ -89,11 +95,8 @@ def thaw(tuned: Tuned) -> None:
         parameter.requires_grad_(True)
 
 
-def check_freezing(spec: TrainSpec, *, sharded: bool, allocates: bool) -> None:
-    """Raise TrainingError where freezing does not go with the rest.
-
-    FSDP2 decides once what requires a gradient, and AdaLoRA weighs all its ranks by their gradients at every step.
-    """
+def check_freezing(spec: TrainSpec, *, sharded: bool) -> None:
+    """Raise TrainingError where freezing meets a sharded base: FSDP2 decides once what requires a gradient."""
     used = {
         "train.unfreeze.direction": spec.unfreeze.direction != "none",
         "train.freezeout.t_0": spec.freezeout.t_0 is not None,
@@ -104,10 +107,4 @@ def check_freezing(spec: TrainSpec, *, sharded: bool, allocates: bool) -> None:
                 f"{name} freezes tensors during the run, which FSDP does not take up",
                 expected="every process with a whole copy of the base",
                 hint="start it with DDP: accelerate launch --multi_gpu",
-            )
-        if allocates:
-            raise TrainingError(
-                f"{name} freezes tensors during the run, and adapter.method=adalora needs all gradients at every step",
-                expected="another method, or all ranks trained from the first step to the last",
-                hint=f"remove {name}, or set adapter.method=lora",
             )

@@ -59,10 +59,14 @@ class _Seen:
 
 
 class Watchdog:
-    """Watches one run of `total_steps`."""
+    """Watches one run of `total_steps`, whose settings ask for the peak rate `learning_rate`.
 
-    def __init__(self, total_steps: int, *, warmup_steps: int = 0) -> None:
+    Single groups of parameters may train at other rates; what is advised is said of the setting.
+    """
+
+    def __init__(self, total_steps: int, *, learning_rate: float, warmup_steps: int = 0) -> None:
         self.total_steps = total_steps
+        self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self._seen = _Seen()
 
@@ -74,6 +78,14 @@ class Watchdog:
         """Go on from the `state` of another; an empty one is the beginning."""
         self._seen = _Seen(**{name: _copy(value) for name, value in state.items()})
         return self
+
+    def begin_anew(self) -> None:
+        """Forget what gradients, memory and speed were: layers join or leave, and all three change with them.
+
+        The loss goes on from where it is, so its rules keep what they saw.
+        """
+        for window in (self._seen.norms, self._seen.exploded, self._seen.peaks, self._seen.speeds):
+            window.clear()
 
     def observe(self, step: int, figures: Mapping[str, float]) -> list[Alarm]:
         """Take the figures of one step, or of one measurement (`held_out_nll`); the alarms, stops first."""
@@ -98,14 +110,12 @@ class Watchdog:
         return Alarm(name, _RULES[name].action, step, fact, expected, hint)
 
     def _finite(self, figures: Mapping[str, float]) -> list[tuple[str, Finding]]:
-        seen = self._seen
         found: list[tuple[str, Finding]] = []
         for key, name, what in (("loss", "loss-not-finite", "the loss"),
                                 ("grad_norm", "gradient-not-finite", "the gradient norm")):  # fmt: skip
             value = figures.get(key, 0.0)
             if not math.isfinite(value):
-                rate = figures.get("learning_rate") or seen.top_rate
-                found.append((name, (f"{what} is {value}", "a finite number", _lower(max(rate, seen.top_rate)))))
+                found.append((name, (f"{what} is {value}", "a finite number", self._lower())))
         return found
 
     def _evaluation(self, step: int, figures: Mapping[str, float]) -> Finding:
@@ -146,7 +156,7 @@ class Watchdog:
             if seen.spiking == 3:
                 fact = f"the loss is {number(loss)}, the third in a row over {number(limit)}"
                 found = (fact, f"about {number(usual)}, the median of the last {len(seen.losses)}",
-                         f"{_lower(seen.top_rate)}, or look at the rows of these steps")  # fmt: skip
+                         f"{self._lower()}, or look at the rows of these steps")  # fmt: skip
         if len(seen.first) < FIRST:
             seen.first.append(loss)
         _push(seen.losses, loss)
@@ -160,7 +170,7 @@ class Watchdog:
         if now <= start + NATS:
             return None
         fact = f"the median loss of the last 30 steps is {number(now)}"
-        return fact, f"below {number(start)}, the highest of the first {FIRST} steps", _lower(seen.top_rate)
+        return fact, f"below {number(start)}, the highest of the first {FIRST} steps", self._lower()
 
     def _too_high(self, step: int, figures: Mapping[str, float]) -> Finding:
         seen = self._seen
@@ -171,7 +181,7 @@ class Watchdog:
         if now <= start + max(NATS, 4 * self._noise()):
             return None
         fact = f"the loss rose from {number(start)} to {number(now)} at a rate of {number(seen.top_rate)}"
-        return fact, f"a falling loss in the first {EARLY} steps after warm-up", _lower(seen.top_rate)
+        return fact, f"a falling loss in the first {EARLY} steps after warm-up", self._lower()
 
     def _too_low(self, step: int, figures: Mapping[str, float]) -> Finding:
         seen = self._seen
@@ -181,7 +191,10 @@ class Watchdog:
         if abs(start - now) >= max(self._noise(), 1e-3):
             return None
         fact = f"the loss stayed at {number(now)} (first {number(start)}) at a rate of {number(seen.top_rate)}"
-        return fact, f"a loss that moves more than its noise, {number(self._noise())}", "train.learning_rate=2e-4"
+        return fact, f"a loss that moves more than its noise, {number(self._noise())}", _rate(10 * self.learning_rate)
+
+    def _lower(self) -> str:
+        return _rate(self.learning_rate / 5)
 
     def _noise(self) -> float:
         """Robust deviation of a single loss, from neighbouring steps, so that a trend does not count as noise."""
@@ -200,7 +213,7 @@ class Watchdog:
         if len(seen.exploded) < 3:
             return None
         fact = f"the gradient norm is {number(norm)}, the third in 20 steps over {number(10 * usual)}"
-        return fact, f"about {number(usual)}, the median before", f"{_lower(seen.top_rate)}, or train.max_grad_norm=0.3"
+        return fact, f"about {number(usual)}, the median before", f"{self._lower()}, or train.max_grad_norm=0.3"
 
     def _memory(self, step: int, figures: Mapping[str, float]) -> Finding:
         if (peak := figures.get("peak_gb")) is None or not math.isfinite(peak):
@@ -244,8 +257,8 @@ _CHECKS: tuple[tuple[str, Callable[[Watchdog, int, Mapping[str, float]], Finding
 )
 
 
-def _lower(rate: float) -> str:
-    return f"train.learning_rate={rate / 5:.1g}" if rate > 0 else "lower train.learning_rate"
+def _rate(value: float) -> str:
+    return f"train.learning_rate={value:.1g}"
 
 
 def _deviation(values: list[float]) -> float:

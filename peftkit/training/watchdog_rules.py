@@ -43,7 +43,8 @@ RULES: tuple[Rule, ...] = (
     Rule("rate-too-high", "warn", "in the first 20 steps after warm-up the median of 5 losses is over that of the first"
          " 5 by 0.5 nats and 4 robust deviations", "a rate that fits lowers the loss there"),
     Rule("rate-too-low", "warn", "rate at most 2e-6 and a loss that moved less than its noise, 20 steps after warm-up",
-         "LoRA is trained at 1e-4 to 2e-4 (QLoRA, arXiv 2305.14314, table 9); 100 times less moves nothing"),
+         "LoRA is trained at 1e-4 to 2e-4 (QLoRA, arXiv 2305.14314, table 9); 100 times less moves nothing. Advised is "
+         "ten times the run's own rate: some methods are trained at lower ones"),
     Rule("evaluation-worse", "warn", "3 measurements in a row above the best, where train.early_stopping_patience does "
          "not stop the run", "the adapter learns its training rows by heart"),
     Rule("memory-creep", "warn", "peak higher by 1 % or more in each of 5 blocks of 50 steps",

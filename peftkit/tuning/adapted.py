@@ -8,6 +8,7 @@ import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes
 
 from typing import Any
 
+import torch
 from peft import PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -18,6 +19,14 @@ class AdaptedModel(PeftModelForCausalLM):  # type: ignore[misc]
     TRL 1.16 refuses models whose head is one of PEFT's layers, because its own loss reads the weight beneath. Trained
     rows of a tied embedding are in the head too, and our loss (generation/forward.py) goes through the layer.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for module in self.modules():
+            # AdaLoRA divides by the rank that is left. PEFT 0.21 holds it in a frozen parameter, which becomes a
+            # trained one when it is moved to a 16-bit layer's dtype (`_move_adapter_to_device_of_base_layer`).
+            if isinstance(ranks := getattr(module, "ranknum", None), torch.nn.ParameterDict):
+                ranks.requires_grad_(False)
 
     def get_output_embeddings(self) -> Any:
         """The base's own head, beneath an adapter on it."""

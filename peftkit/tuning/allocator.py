@@ -35,6 +35,11 @@ class Allocator:
         self.config = tuned.model.peft_config[NAME]
         self.layers = tuned.model.base_model
         self.prunes = self.config.rank_pattern is None
+        kept = None if self.prunes else _ranks_now(tuned)
+        self.masks = kept is not None
+        """Whether ranks that were taken have a place in the tensors still: a gradient would bring them back."""
+        if kept is not None:
+            self.config.rank_pattern = kept
         self.config.total_step = steps
         self.config.tinit, self.config.tfinal = int(_BEFORE * steps), int(_AFTER * steps)
         held = [(name, p) for name, p in tuned.trainable.items() if p.numel()]
@@ -57,14 +62,18 @@ class Allocator:
         """Score and mask after the optimizer's step `step`, counted from 1, while its gradients are still there."""
         if self.prunes:
             self.layers.update_and_allocate(step)
+        elif self.masks:
+            self.layers.rankallocator.mask_using_rank_pattern(self.layers.model, self.config.rank_pattern)
 
     def state(self) -> dict[str, Any]:
         """The moving averages of the scores, and which ranks are left."""
         ranks = self.layers.rankallocator
-        return {"rank_pattern": self.config.rank_pattern, **{name: dict(getattr(ranks, name)) for name in _AVERAGES}}
+        kept = {"prunes": self.prunes, "rank_pattern": self.config.rank_pattern}
+        return kept | {name: dict(getattr(ranks, name)) for name in _AVERAGES}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
+        self.prunes = state["prunes"]
         if not self.prunes:
             return
         self.config.rank_pattern = state["rank_pattern"]
@@ -87,10 +96,18 @@ def ranks_as_they_are(tuned: Tuned) -> Iterator[None]:
     """
     config = tuned.model.peft_config[NAME]
     before = config.rank_pattern
-    values = {name: p for name, p in tuned.model.base_model.model.named_parameters() if f".lora_E.{NAME}" in name}
-    if before is not None and all(len(value) == config.init_r for value in values.values()):
-        config.rank_pattern = {name: (value != 0).flatten().tolist() for name, value in values.items()}
+    kept = None if before is None else _ranks_now(tuned)
+    if kept is not None:
+        config.rank_pattern = kept
     try:
         yield
     finally:
         config.rank_pattern = before
+
+
+def _ranks_now(tuned: Tuned) -> dict[str, list[bool]] | None:
+    """Which ranks of each layer have a value that is not 0; None where those that were taken have no place any more."""
+    values = {name: p for name, p in tuned.model.base_model.model.named_parameters() if f".lora_E.{NAME}" in name}
+    if any(len(value) != tuned.model.peft_config[NAME].init_r for value in values.values()):
+        return None
+    return {name: (value != 0).flatten().tolist() for name, value in values.items()}

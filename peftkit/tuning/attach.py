@@ -24,6 +24,7 @@ from peftkit.tuning.configs import peft_type
 from peftkit.tuning.fit import check_bare, check_base
 from peftkit.tuning.initial_pissa import freeze_halves
 from peftkit.tuning.methods import METHODS, AdapterSpec
+from peftkit.tuning.parents import parent_spec
 from peftkit.tuning.partial import inject_partial
 from peftkit.tuning.resident import Resident, Spares, check_config_of, explained, inject_stored
 from peftkit.tuning.skeleton import skeleton
@@ -214,26 +215,6 @@ def _check_trained_here(stored: Stored) -> None:
             f"{stored.version.reference} is of {kind} with {', '.join(extras)} and cannot be continued",
             expected=f"{kind} with nothing beside it",
         )
-
-
-def parent_spec(version: Version, spec: AdapterSpec, asked: Collection[str] | None) -> AdapterSpec:
-    """What a version was trained as. Raises TuningError when the user asks for something else."""
-    recorded: Mapping[str, Any] = version.manifest.adapter
-    if version.manifest.kind == "tensors" and recorded.get("method") not in METHODS:  # an imported one
-        recorded = {"method": "patterns", "patterns": sorted(read(version).tensors)}
-    parent = AdapterSpec.model_validate({key: recorded[key] for key in AdapterSpec.model_fields if key in recorded})
-    if asked is None:
-        asked = spec.model_fields_set
-    wanted = {key: getattr(spec, key) for key in asked if key != "seed"}
-    differ = {key: value for key, value in wanted.items() if getattr(parent, key) != value}
-    if differ:
-        raise TuningError(
-            f"init_from={version.reference} has {', '.join(f'{key}={getattr(parent, key)}' for key in differ)}, "
-            f"but the settings ask for {', '.join(f'adapter.{key}={value}' for key, value in differ.items())}",
-            expected="the parent's own adapter settings",
-            hint="leave adapter.* out when continuing from an adapter",
-        )
-    return parent
 
 
 def open_adapters(

@@ -47,6 +47,8 @@ PEFT_TYPES = {
     "trainable_tokens": "TRAINABLE_TOKENS",
 }
 """Method → what it is in an adapter_config.json, where that is not LORA."""
+_LINEAR_ONLY = ("loha", "lokr", "oft")
+"""PEFT 0.21.2 has no layer of these for Conv1D."""
 
 
 def peft_type(method: str) -> str:
@@ -59,6 +61,8 @@ def peft_config(backbone: Backbone, spec: AdapterSpec) -> Any:
 
     Raises TuningError for modules, layers and tokens that the base does not have.
     """
+    if spec.method in _LINEAR_ONLY:
+        _check_linear(backbone, spec)
     return _CONFIGS.get(spec.method, _lora)(backbone, spec)
 
 
@@ -89,7 +93,7 @@ def targets(model: Any, wanted: Targets, layers: str) -> Targets:
 
 def linear_endings(model: nn.Module) -> list[str]:
     """The last parts of the names of the modules with weights, sorted."""
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")})
+    return sorted({_ending(name) for name, module in model.named_modules() if hasattr(module, "weight")})
 
 
 def token_ids(tokenizer: Tokenizer, tokens: Collection[str | int]) -> list[int]:
@@ -145,6 +149,7 @@ def _ia3(backbone: Backbone, spec: AdapterSpec) -> Any:
     wanted, inputs = spec.target_modules or "auto", list(spec.feedforward_modules or [])
     if wanted == "auto":
         wanted, inputs = _keys_values_feedforward(backbone)
+    _check_feedforward(backbone, wanted, inputs)
     layers = spec.layers or "all"
     chosen = targets(backbone.model, wanted, layers)
     return IA3Config(
@@ -152,6 +157,33 @@ def _ia3(backbone: Backbone, spec: AdapterSpec) -> Any:
         target_modules=chosen,
         feedforward_modules=targets(backbone.model, inputs, layers) if inputs else [],
     )
+
+
+def _check_feedforward(backbone: Backbone, wanted: Targets, inputs: list[str]) -> None:
+    """Raise TuningError for feed-forward layers that are not adapted or that the base does not have."""
+    if isinstance(wanted, list):
+        outside = [ending for ending in inputs if ending not in wanted]
+        fact, expected = f"which adapter.target_modules={wanted!r} does not have", "some of adapter.target_modules"
+        hint = f"adapter.target_modules=[{','.join([*wanted, *outside])}]"
+    else:
+        linears = [name for name, module in backbone.model.named_modules() if _is_target(name, module, "all-linear")]
+        outside = [ending for ending in inputs if not any(_is_target(name, None, [ending]) for name in linears)]
+        fact, expected = "which no linear layer is called", "endings of names of linear layers"
+        hint = f"adapter.feedforward_modules, from: {', '.join(sorted({_ending(name) for name in linears}))}"
+    if outside:
+        raise TuningError(f"adapter.feedforward_modules names {outside}, {fact}", expected=expected, hint=hint)
+
+
+def name_feedforward(config: Any, model: Any) -> None:
+    """Name IA3's feed-forward layers in full where PEFT has written all-linear as full names.
+
+    PEFT 0.21.2 leaves their endings as they are given, and refuses to read the config that it wrote: there
+    feedforward_modules is no subset of target_modules (IA3Config.__post_init__).
+    """
+    if config.peft_type != "IA3" or set(config.feedforward_modules) <= set(config.target_modules):
+        return
+    layers = model.get_base_model().named_modules()
+    config.feedforward_modules = {name for name, layer in layers if getattr(layer, "is_feedforward", False)}
 
 
 def _keys_values_feedforward(backbone: Backbone) -> tuple[list[str], list[str]]:
@@ -164,7 +196,7 @@ def _keys_values_feedforward(backbone: Backbone) -> tuple[list[str], list[str]]:
             + ", ".join(linear_endings(backbone.model)),
             hint="adapter.target_modules=[k_proj,v_proj,down_proj] adapter.feedforward_modules=[down_proj]",
         ) from error
-    return [linear.name for linear in adapted_linears(shape, "ia3", "all-linear")], [feed_forward(shape)]
+    return [linear.name for linear in adapted_linears(shape, "auto")], [feed_forward(shape)]
 
 
 def _vera(backbone: Backbone, spec: AdapterSpec) -> Any:
@@ -188,6 +220,20 @@ def _oft(backbone: Backbone, spec: AdapterSpec) -> Any:
     return OFTConfig(r=0, oft_block_size=_given(spec.oft_block_size), **_places(backbone, spec))
 
 
+def _check_linear(backbone: Backbone, spec: AdapterSpec) -> None:
+    """Raise TuningError where the adapted layers are GPT-2's, which hold their weight as (in, out)."""
+    wanted = spec.target_modules or "all-linear"
+    named = backbone.model.named_modules()
+    found = [name for name, module in named if isinstance(module, Conv1D) and _is_target(name, module, wanted)]
+    if found:
+        raise TuningError(
+            f"adapter.method={spec.method} knows no layers of type Conv1D, and {len(found)} of "
+            f"{type(backbone.model).__name__} are: {found[0]}",
+            expected="a base of nn.Linear, or a method that knows both: lora, rslora, dora, pissa, eva, ia3 or vera",
+            hint="adapter.method=lora",
+        )
+
+
 def _prompt(backbone: Backbone, spec: AdapterSpec) -> Any:
     return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=_given(spec.num_virtual_tokens))
 
@@ -206,17 +252,21 @@ def _places(backbone: Backbone, spec: AdapterSpec) -> dict[str, Any]:
     return {"task_type": "CAUSAL_LM", "target_modules": wanted}
 
 
-def _is_target(name: str, module: nn.Module, wanted: Targets) -> bool:
+def _is_target(name: str, module: nn.Module | None, wanted: Targets) -> bool:
     if wanted == "all-linear":
         return isinstance(module, nn.Linear | Conv1D)  # bitsandbytes' are nn.Linear too
     return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _embedding(backbone: Backbone) -> str:
     """The last part of the name of the module with the embeddings of tokens."""
     table = backbone.model.get_input_embeddings()
     names = (name for name, module in backbone.model.named_modules() if module is table)
-    return str(next(names)).rpartition(".")[2]
+    return _ending(str(next(names)))
 
 
 def _given(value: Any) -> Any:

@@ -81,6 +81,12 @@ def find_blocks(model: Any) -> tuple[str, tuple[nn.Module, ...]]:
     return path, tuple(fitting[path])
 
 
+def decaying(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> frozenset[str]:
+    """Names of those of a model's tensors that may be pulled towards 0: weight decay, L1 and L2 are for them alone."""
+    modules = dict(model.named_modules())
+    return frozenset(name for name, tensor in tensors.items() if decays(name, modules[name.rpartition(".")[0]], tensor))
+
+
 def decays(name: str, module: nn.Module, parameter: torch.Tensor) -> bool:
     """Whether weight decay is for this parameter, which hangs on `module`: for matrices alone.
 

@@ -40,7 +40,7 @@ class Directions:
         """Work in inputs of shape (n, width)."""
         for piece in inputs.detach().double().split(_PIECE):
             stacked = piece if self._rows is None else torch.cat([self._rows, piece])
-            # The right vectors by the small side: Vᵀ diag(S) = Uᵀ X, and X Xᵀ = U S² Uᵀ.
+            # The right vectors by the small side: diag(S) Vᵀ = Uᵀ X, and X Xᵀ = U S² Uᵀ.
             _, u = torch.linalg.eigh(stacked @ stacked.T)
             self._rows = u[:, -self.kept :].T @ stacked
 

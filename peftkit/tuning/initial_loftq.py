@@ -10,8 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftkit.backbone.contain import quantized_linears
 from peftkit.backbone.converted import tensor_of
 from peftkit.backbone.load import Backbone
 from peftkit.base.dense import Dense, dense_tensors
@@ -24,7 +26,9 @@ from peftkit.tuning.initial import check_rank, factors, held_weight, leading, lo
 def begin_loftq(model: Any, backbone: Backbone, r: int, report: Report = silent) -> None:
     """Fill a LoRA with the leading part of every layer's quantization error.
 
-    Raises TuningError where the files hold quantized weights only, or no tensor for a layer alone.
+    A layer that is not quantized, such as the head, has none and begins as LoRA does: with zeros for both factors
+    neither would ever get a gradient. Raises TuningError where no layer is quantized, where the files hold quantized
+    weights only, or no tensor for a layer alone.
     """
     if read_config(backbone.base.folder).get("quantization_config"):
         raise TuningError(
@@ -34,8 +38,17 @@ def begin_loftq(model: Any, backbone: Backbone, r: int, report: Report = silent)
             hint="adapter.method=lora",
         )
     files, names = dense_tensors(backbone.base.folder), _names(backbone.model)
+    layers = lora_layers(model, "loftq")
+    repaired = {name: layer for name, layer in layers.items() if _is_quantized(layer)}
+    if not repaired:
+        raise TuningError(
+            f"adapter.method=loftq repairs the error of quantization, and none of the {len(layers)} adapted layers is "
+            f"quantized: {', '.join(name.removeprefix('base_model.model.') for name in list(layers)[:3])}",
+            expected="quantized layers among adapter.target_modules",
+            hint="adapter.target_modules=all-linear, or adapter.method=lora",
+        )
     before = after = 0.0
-    for name, layer in lora_layers(model, "loftq").items():
+    for name, layer in repaired.items():
         held = held_weight(layer)
         check_rank(name, held, r)
         lost = _original(layer, names[id(layer.get_base_layer())], backbone, files).to(held.device) - held
@@ -47,7 +60,15 @@ def begin_loftq(model: Any, backbone: Backbone, r: int, report: Report = silent)
         before += float(lost.square().sum())
         after += float((lost - left @ right).square().sum())
     ratio = (after / before) ** 0.5 if before else 0.0
-    report(Note(f"of the weights' quantization error {ratio:.1%} is left; the adapter belongs to {backbone.label}"))
+    plain = len(layers) - len(repaired)
+    rest = f"; {plain} layers that are not quantized begin as LoRA's do" if plain else ""
+    report(
+        Note(f"of the weights' quantization error {ratio:.1%} is left{rest}; the adapter belongs to {backbone.label}")
+    )
+
+
+def _is_quantized(layer: Any) -> bool:
+    return bool(quantized_linears(nn.ModuleList([layer.get_base_layer()])))
 
 
 def _names(model: Any) -> dict[int, str]:

@@ -24,7 +24,7 @@ from peftkit.events import Decision, Note, Report, Warned, silent
 from peftkit.process_group import launched
 from peftkit.tuning.adapted import AdaptedModel
 from peftkit.tuning.allocator import ranks_as_they_are
-from peftkit.tuning.configs import linear_endings, peft_config
+from peftkit.tuning.configs import linear_endings, name_feedforward, peft_config
 from peftkit.tuning.fit import check_bare
 from peftkit.tuning.initial import NAME
 from peftkit.tuning.initial_eva import begin_eva
@@ -53,12 +53,13 @@ def inject(backbone: Backbone, spec: AdapterSpec, *, rows: Sequence[Example] = (
         return _told(inject_partial(backbone, spec, report=report), report)
     _refuse_sharded(spec)
     check_bare(backbone)
-    config = peft_config(backbone, spec)
     before = Snapshot(backbone.model)
-    kind = PromptedModel if config.is_prompt_learning else AdaptedModel
     with torch.random.fork_rng(devices=_cuda_devices(backbone)), _undone(before, backbone, spec):
         torch.manual_seed(spec.seed)
+        config = peft_config(backbone, spec)
+        kind = PromptedModel if config.is_prompt_learning else AdaptedModel
         model = kind(backbone.model, config, autocast_adapter_dtype=True)
+        name_feedforward(config, model)
         _keep_float32(model)
         names = trained_names(model)
         if not names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -37,7 +38,8 @@ class AdapterSpec(Spec):
     feedforward_modules: list[str] | None = None
     """ia3: those of target_modules whose input is scaled, not their output."""
     layers: str | None = None
-    """Blocks that are touched: all, top:8, bottom:4, or indices and ranges such as 0,2,8-15."""
+    """Blocks that are touched: all, top:8, bottom:4, or indices and ranges such as 0,2,8-15. With norms and bias_only,
+    `all` takes in what stands outside of the blocks too, such as the final norm; naming every block does not."""
     lora_plus_ratio: float | None = Field(default=None, gt=0)
     """lora_plus: how many times the learning rate lora_B gets."""
     init_r: int | None = Field(default=None, ge=1, le=1024)
@@ -74,7 +76,7 @@ class AdapterSpec(Spec):
             if value is None and name in fields:
                 if fields[name] is None:
                     raise ValueError(f"{self.method} needs {name}")
-                self.__dict__[name] = fields[name]  # not among the fields that somebody set
+                self.__dict__[name] = copy(fields[name])  # not among the fields that somebody set
         if problem := _contradiction(self):
             raise ValueError(problem)
         return self

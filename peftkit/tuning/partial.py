@@ -8,6 +8,7 @@ are trained are loaded unquantized (`dense_layers`): training starts from the nu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -49,7 +50,7 @@ def inject_partial(
     """Make the tensors that `spec` names trainable, in float32; until then the logits are the base's.
 
     `start` holds other numbers to begin with, and then names the tensors. Raises TuningError when nothing is named,
-    and for a method that does not go with the base.
+    for a method that does not go with the base, and where its layers would meet tensors of another dtype.
     """
     _refuse_sharded()
     model = skeleton(backbone.model)
@@ -59,7 +60,9 @@ def inject_partial(
     names = tuple(name for name in owned(model) if name in wanted)  # the order of a checkpoint's optimizer states
     given = start if start is not None else _numbers(model, names, report)
     numbers = {name: given[name].detach().to(backbone.device, torch.float32, copy=True) for name in names}
+    _refuse_buffers(model, names)
     put(model, {name: nn.Parameter(value) for name, value in numbers.items()})
+    _check_dtypes(model, backbone, spec)
     report(Note(f"{_parted(names, backbone.model)}the base's own tensors stay as they are"))
     return Tuned(model, backbone, spec, names)
 
@@ -178,6 +181,44 @@ def _parted(names: tuple[str, ...], base: Any) -> str:
     listed = {name for name, _ in base.named_parameters()}
     apart = [name for name in names if name not in listed]
     return f"{', '.join(apart)} is tied to the embeddings in the base and gets numbers of its own; " if apart else ""
+
+
+def _refuse_buffers(model: nn.Module, names: Sequence[str]) -> None:
+    """An attached version may replace a saved buffer; training has no gradient for one."""
+    owners = owned(model)
+    buffers = [name for name in names if owners[name][1] in owners[name][0]._buffers]
+    if buffers:
+        raise TuningError(
+            f"{', '.join(buffers[:3])} {'is a buffer' if len(buffers) == 1 else 'are buffers'} of the base, not "
+            "trained parameters",
+            expected="an adapter of parameters alone to go on from; attached, or merged, it has its buffers too",
+        )
+
+
+def _check_dtypes(model: Any, backbone: Backbone, spec: AdapterSpec) -> None:
+    """Raise TuningError where 16-bit layers are handed the float32 results of trained ones, or the other way round.
+
+    Autocast, with its 16-bit compute dtype, casts what enters a product, and some kernels promote: which of a model's
+    layers take what they get, two tokens tell (bitsandbytes has another kernel for one).
+    """
+    placement = backbone.placement
+    if placement.dtype == torch.float32:
+        return
+    cast = placement.compute_dtype != torch.float32
+    context = torch.autocast(backbone.device.type, placement.compute_dtype) if cast else nullcontext()
+    try:
+        with torch.no_grad(), context:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=backbone.device), use_cache=False)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        held, computed = (str(each).removeprefix("torch.") for each in (placement.dtype, placement.compute_dtype))
+        raise TuningError(
+            f"adapter.method={spec.method} trains float32 tensors, and {type(model).__name__} in {held}, computing in "
+            f"{computed}, cannot use them beside its own: {str(error).splitlines()[0]}",
+            expected="what is not quantized in float32",
+            hint="quant.dtype=float32",
+        ) from error
 
 
 def _refuse_sharded() -> None:

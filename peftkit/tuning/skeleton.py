@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,13 +21,15 @@ from peftkit.errors import TuningError
 _CONTAINERS = (dict, OrderedDict, list, set)
 
 
-def skeleton(model: nn.Module) -> Any:
+def skeleton(model: nn.Module, shared: Iterable[object] = ()) -> Any:
     """A copy of `model` with modules of its own and shared tensors, quantization constants included.
+
+    What is in `shared` stays the object that it is, wherever the model holds it.
 
     Raises TuningError for a model that cannot be copied this way.
     """
     # copy.deepcopy follows bound methods and partials that point into the tree; what stands in `memo` stays itself.
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(value): value for value in shared}
     for module in model.modules():
         if not module._modules:
             memo[id(module)] = _twin_of_layer(module)

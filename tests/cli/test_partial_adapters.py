@@ -65,8 +65,8 @@ def test_it_answers_and_is_measured(cli: Cli, top: Version, places: Path) -> Non
 
 def test_what_an_interrupted_run_kept_is_taken_over(cli: Cli, top: Version, places: Path, tiny_base: Path) -> None:
     """The folder that the message names imports with the base, and then it is continued by its names."""
-    from peftkit.tuning.attach import parent_spec
     from peftkit.tuning.methods import AdapterSpec
+    from peftkit.tuning.parents import parent_spec
 
     folder = places / "payloads" / "top"
     assert described(folder) == f"trained tensors in {folder}, which peftkit import takes with --base"

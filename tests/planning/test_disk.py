@@ -77,6 +77,24 @@ def test_an_adapter_file_has_the_planned_size(tmp_path: Path) -> None:
     assert planned.bytes == pytest.approx(written, rel=0.01)
 
 
+def test_shared_matrices_are_stored_though_they_are_not_trained(tmp_path: Path) -> None:
+    """VeRA: two vectors for every layer, and one pair of matrices that covers the widest (256 → 640 and back)."""
+    r, prefix = 64, "base_model.model.model.layers"
+    vectors = {
+        f"{prefix}.{layer}.{linear.name}.vera_lambda_{name}": torch.zeros(width)
+        for linear in SMALL.linears
+        for layer in range(linear.count)
+        for name, width in (("b", linear.out), ("d", r))
+    }
+    shared = {"base_model.vera_A": torch.zeros(r, 640), "base_model.vera_B": torch.zeros(640, r)}
+    save_file(vectors | shared, tmp_path / "adapter_model.safetensors")
+    written = (tmp_path / "adapter_model.safetensors").stat().st_size
+    setting = Setting(method="vera", r=r)
+    planned = part(disk_plan(SMALL, setting, base_present=True, save_total_limit=1, keeps_best=False), "adapter")
+    assert planned.bytes == pytest.approx(written, rel=0.03)  # 44 headers of about 150 bytes
+    assert checkpoint_bytes(SMALL, setting) < planned.bytes  # which keeps what is trained
+
+
 OPTIMIZERS: dict[str, Callable[[list[torch.nn.Parameter]], Any]] = {
     "adamw_torch": torch.optim.AdamW,
     "sgd": torch.optim.SGD,

@@ -6,10 +6,11 @@ import gc
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,26 +18,31 @@ from tiny_bases import write_base, write_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from peftkit.backbone.load import load_backbone
+from peftkit.backbone.quantize import footprint
 from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec, read_config
 from peftkit.data.chat import IGNORED, Example
+from peftkit.generation.forward import autocast
 from peftkit.planning.activations import activations
 from peftkit.planning.architecture import architecture
-from peftkit.planning.concessions import choices
+from peftkit.planning.concessions import BITS_OF, choices
 from peftkit.planning.disk import disk_plan
 from peftkit.planning.families import FAMILIES
 from peftkit.planning.memory import plan_memory
 from peftkit.planning.setting import Setting
 from peftkit.planning.time import training_flops
 from peftkit.planning.weights import trained_parameters
-from peftkit.recipe.forecast import what_is_trained
+from peftkit.recipe.ahead import weights_held
+from peftkit.recipe.forecast import what_is_trained, what_regularizers_hold
 from peftkit.training.holdings import held
 from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations
+from peftkit.training.objective import objective
+from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.step import Step
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import METHODS, AdapterSpec
-from peftkit.tuning.partial import dense_layers
+from peftkit.tuning.partial import dense_layers, partial_names
 
 MODELS = json.loads((Path(__file__).parents[2] / "benchmarks" / "published_memory.json").read_text())["models"]
 SMOLLM2 = MODELS["smollm2-135m"]
@@ -80,6 +86,11 @@ SPECS: list[dict[str, Any]] = [
     {"method": "patterns", "patterns": ["*.q_proj.weight"]},
     {"method": "patterns", "patterns": ["model.embed_tokens.weight", "model.norm.weight"]},
     {"method": "patterns", "patterns": ["lm_head.weight", "model.layers.3.mlp*"]},
+    {"method": "ia3", "target_modules": "all-linear"},
+    {"method": "ia3", "target_modules": "all-linear", "feedforward_modules": ["down_proj"]},
+    {"method": "norms", "layers": f"top:{BLOCKS}"},
+    {"method": "patterns", "patterns": ["*input_layernorm*"]},
+    {"method": "lora", "r": 4, "tokens": [9, 9, 7]},
 ]
 
 
@@ -90,6 +101,8 @@ class Cell:
     spec: AdapterSpec
     bits: int
     checkpointing: bool
+    compute: Literal["float32", "bfloat16"] = "float32"
+    regularize: RegularizeSpec = field(default_factory=RegularizeSpec)
 
     def __str__(self) -> str:
         settings = {name: value for name, value in self.spec.model_dump(exclude_unset=True).items() if name != "method"}
@@ -133,15 +146,19 @@ def measured(folder: Path, cell: Cell, cache: Path) -> dict[str, int]:
     """The terms of a real step: the second of a run, since the first makes the optimizer's state."""
     spec = cell.spec
     dense = dense_layers(spec)
-    backbone = load_backbone(BaseSpec(source=str(folder)), QuantSpec(bits=cell.bits), cache, dense=dense)  # type: ignore[arg-type]
+    quant = QuantSpec(bits=cell.bits, compute_dtype=cell.compute, device="cpu")  # type: ignore[arg-type]
+    backbone = load_backbone(BaseSpec(source=str(folder)), quant, cache, dense=dense)
     tuned = inject(backbone, spec)
+    around = objective(tuned, cell.regularize)
     if cell.checkpointing:
         checkpoint_activations(tuned)
     tuned.model.train()
     optimizer = torch.optim.AdamW(tuned.trainable.values(), foreach=False)
 
     def step(rows: int, tokens: int) -> None:
-        Step(tuned.model, made_rows(rows, tokens), pad_id=2, device=torch.device("cpu")).run(rows)
+        options: dict[str, Any] = {"pad_id": 2, "device": torch.device("cpu"), "objective": around}
+        forward = lambda: autocast(torch.device("cpu"), backbone.placement.compute_dtype)  # noqa: E731
+        Step(tuned.model, made_rows(rows, tokens), forward=forward, **options).run(rows)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -161,16 +178,21 @@ def measured(folder: Path, cell: Cell, cache: Path) -> dict[str, int]:
     }
 
 
-def planned(folder: Path, cell: Cell) -> dict[str, int]:
+def setting_of(folder: Path, cell: Cell) -> Setting:
     base = architecture(read_config(folder))
-    setting = Setting(
-        **what_is_trained(base, cell.spec), bits=cell.bits, compute_dtype="float32", dtype="float32", device="cpu",
-        micro_batch=ROWS, rows_per_step=ROWS, longest=TOKENS, labelled=TOKENS - 1, evaluation_batch=1,
-        gradient_checkpointing=cell.checkpointing,
+    return Setting(
+        **what_is_trained(base, cell.spec), **what_regularizers_hold(cell.regularize), bits=cell.bits,  # type: ignore[arg-type]
+        compute_dtype=cell.compute, dtype=cell.compute, device="cpu", micro_batch=ROWS, rows_per_step=ROWS,
+        longest=TOKENS, labelled=TOKENS - 1, evaluation_batch=1, gradient_checkpointing=cell.checkpointing,
     )  # fmt: skip
-    plan = plan_memory(base, setting)
+
+
+def planned(folder: Path, cell: Cell) -> dict[str, int]:
+    plan = plan_memory(architecture(read_config(folder)), setting_of(folder, cell))
     parts = {part.name: part.bytes.expected for part in plan.parts}
-    beside = parts["context"] + parts["mapped file"] + parts.get("scores of ranks", 0)  # the run's allocator has these
+    # The run's allocator and its penalties have these, not the model.
+    apart = ("context", "mapped file", "scores of ranks", "where training began")
+    beside = sum(parts.get(name, 0) for name in apart)
     return {
         "weights": sum(parts.get(name, 0) for name in WEIGHTS),
         "gradients": parts["gradients"],
@@ -180,18 +202,75 @@ def planned(folder: Path, cell: Cell) -> dict[str, int]:
     }
 
 
+def highest(folder: Path, cell: Cell) -> int:
+    """The highest peak of the plan that `planned` is of, without the process."""
+    plan = plan_memory(architecture(read_config(folder)), setting_of(folder, cell))
+    return plan.stage("train").bytes.high - plan.part("context").bytes.high - plan.part("mapped file").bytes.high
+
+
 def check(folder: Path, cell: Cell, cache: Path) -> None:
     plan, real = planned(folder, cell), measured(folder, cell, cache)
     errors = {name: plan[name] / real[name] - 1 for name in real}
     assert all(abs(error) <= CLOSE for error in errors.values()), errors
 
 
+GPT2 = {"model_type": "gpt2", "vocab_size": 259, "n_embd": 128, "n_layer": BLOCKS, "n_head": 4, "n_positions": 128,
+        "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 2}  # fmt: skip
+TINY_LLAMA = {"model_type": "llama", "vocab_size": 259, **LLAMA}
+QWEN2, QWEN3 = ({**TINY_LLAMA, "model_type": name} for name in ("qwen2", "qwen3"))
+EVERYWHERE = [
+    {"method": "full"}, {"method": "top_layers", "top_layers": 2}, {"method": "top_layers", "top_layers": 0},
+    {"method": "norms"}, {"method": "norms", "layers": "1,3"}, {"method": "norms", "layers": f"top:{BLOCKS}"},
+
+]  # fmt: skip
+BIASES = [{"method": "bias_only"}, *({"method": "bias_only", "layers": each} for each in (f"top:{BLOCKS}", "2"))]
+PATTERNS = {  # norms and biases one by one
+    "llama": ["*input_layernorm*"], "gpt2": ["*.ln_2.bias", "*.1.ln_1.weight", "*.c_fc.bias"],
+    "qwen2": ["*.0.post_attention_layernorm*", "*.k_proj.bias"], "qwen3": ["*.q_norm.weight", "*.2.input_layernorm*"],
+}  # fmt: skip
+COUNTED = [
+    (config, values)
+    for config in (TINY_LLAMA, GPT2, QWEN2, QWEN3)
+    for values in (
+        *EVERYWHERE, *(BIASES if config in (GPT2, QWEN2) else ()),
+        {"method": "patterns", "patterns": PATTERNS[str(config["model_type"])]},
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "values"), COUNTED, ids=lambda each: "-".join(map(str, each.values()))[:40])
+def test_as_many_numbers_are_planned_as_are_trained(config: dict[str, Any], values: dict[str, Any]) -> None:
+    model, base, spec = without_numbers(json.dumps(config)), architecture(config), AdapterSpec(**values)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    planned = trained_parameters(base, Setting(**what_is_trained(base, spec)))
+    assert planned == sum(tensors[name].numel() for name in partial_names(model, spec))
+
+
+@lru_cache
+def without_numbers(config: str) -> Any:
+    values = json.loads(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[values.pop("model_type")](**values))
+    model.tie_weights()
+    return model
+
+
+@pytest.mark.parametrize("values", [each for each in SPECS if each["method"] in ("ia3", "vera") or "tokens" in each],
+                         ids=lambda values: "-".join(map(str, values.values())))  # fmt: skip
+def test_as_many_numbers_are_planned_as_an_adapter_has(llama: Path, values: dict[str, Any], tmp_path: Path) -> None:
+    base, spec = architecture(read_config(llama)), AdapterSpec(**values)
+    tuned = inject(load_backbone(BaseSpec(source=str(llama)), QuantSpec(bits=32), tmp_path), spec)
+    planned = trained_parameters(base, Setting(**what_is_trained(base, spec)))
+    assert planned == sum(parameter.numel() for parameter in tuned.trainable.values())
+
+
 def test_every_method_has_cells() -> None:
     tried = {cell.spec.method for cell in CELLS}
     # EVA's factors and LoftQ's are LoRA's, begun elsewhere from data or quantized weights; Llama has no biases.
     assert set(METHODS) - tried == {"eva", "loftq", "bias_only"}
-    assert len(CELLS) == 118
-    assert len(QUICK) == 11
+    assert len(CELLS) == 138
+    assert len(QUICK) == 13
 
 
 @pytest.mark.parametrize("cell", QUICK, ids=str)
@@ -205,9 +284,59 @@ def test_every_cell_holds_what_was_planned(llama: Path, cell: Cell, tmp_path: Pa
     check(llama, cell, tmp_path)
 
 
-GPT2 = {"model_type": "gpt2", "vocab_size": 259, "n_embd": 128, "n_layer": BLOCKS, "n_head": 4, "n_positions": 128,
-        "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2,
-        "pad_token_id": 2}  # fmt: skip
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [{"method": "lora", "r": 8, "lora_dropout": 0.1}, {"method": "top_layers", "top_layers": 2}],
+    ids=lambda each: each["method"],
+)
+@pytest.mark.parametrize("regularize", [RegularizeSpec(l2_sp=0.1), RegularizeSpec(mixout=0.5)],
+                         ids=["l2_sp", "mixout"])  # fmt: skip
+def test_regularizers(llama: Path, values: dict[str, Any], regularize: RegularizeSpec, checkpointing: bool,
+                      tmp_path: Path) -> None:  # fmt: skip
+    check(llama, Cell(AdapterSpec(**values), 4, checkpointing, regularize=regularize), tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_r_drop(llama: Path, checkpointing: bool, tmp_path: Path) -> None:
+    spec = AdapterSpec(method="lora", r=8, lora_dropout=0.1)
+    check(llama, Cell(spec, 4, checkpointing, regularize=RegularizeSpec(r_drop=1.0)), tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("values", [{"method": "loha", "r": 8}, {"method": "lokr", "r": 4}], ids=lambda v: v["method"])
+def test_factors_over_8_bits(llama: Path, values: dict[str, Any], checkpointing: bool, tmp_path: Path) -> None:
+    check(llama, Cell(AdapterSpec(**values), 8, checkpointing), tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [{"method": "lora", "r": 8}, {"method": "adalora", "r": 4, "init_r": 8}, {"method": "vera", "r": 256}],
+    ids=lambda values: values["method"],
+)
+def test_16_bit_products(llama: Path, values: dict[str, Any], checkpointing: bool, tmp_path: Path) -> None:
+    """The peak is up to 6 % too low in 16 bits (docs/decisions/0009): it has to be below the plan's high estimate."""
+    cell = Cell(AdapterSpec(**values), 4, checkpointing, compute="bfloat16")
+    plan, real = planned(llama, cell), measured(llama, cell, tmp_path)
+    errors = {name: plan[name] / real[name] - 1 for name in real}
+    assert -0.065 <= errors.pop("peak") <= CLOSE
+    assert all(abs(error) <= CLOSE for error in errors.values()), errors
+    assert real["peak"] <= highest(llama, cell)
+
+
+@pytest.mark.parametrize("values", [{"method": "top_layers", "top_layers": 2}, {"method": "vera", "r": 64}],
+                         ids=lambda values: values["method"])  # fmt: skip
+def test_the_probes_table_sets_like_against_like(llama: Path, values: dict[str, Any], tmp_path: Path) -> None:
+    cell = Cell(AdapterSpec(**values), 4, False)
+    backbone = load_backbone(BaseSpec(source=str(llama)), QuantSpec(bits=4), tmp_path, dense=dense_layers(cell.spec))
+    real = footprint(inject(backbone, cell.spec).backbone.model)
+    planned = weights_held(plan_memory(architecture(read_config(llama)), setting_of(llama, cell)))
+    assert planned == pytest.approx(real.linear_bytes + real.other_bytes, rel=0.005)
 
 
 @pytest.mark.full
@@ -215,6 +344,7 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 259, "n_embd": 128, "n_layer": BLOCK
 @pytest.mark.parametrize(
     "values",
     [{"method": "bias_only"}, {"method": "bias_only", "layers": "top:2"}, {"method": "norms", "layers": "1,3"},
+     {"method": "bias_only", "layers": f"top:{BLOCKS}"},
      {"method": "top_layers", "top_layers": 2}, {"method": "full"}, {"method": "ia3"}],
     ids=lambda values: "-".join(map(str, values.values())),
 )  # fmt: skip
@@ -248,11 +378,13 @@ def test_tensors_are_found_by_the_names_that_the_models_give_them(name: str) -> 
         assert planned == real, patterns
 
 
-def test_budgets_change_no_bits_that_a_method_does_not_train_over() -> None:
+def test_budgets_try_the_bits_that_a_method_trains_over_and_no_others() -> None:
     for name, method in METHODS.items():
+        assert BITS_OF.get(name, (4, 8, 16, 32)) == method.bits, name
         for bits in method.bits:
             asked = Setting(method=name, bits=bits)  # type: ignore[arg-type]
-            assert set(choices(asked, "bits", frozenset())) <= set(method.bits), name
+            lower = {each for each in method.bits if each < min(bits, 16)}
+            assert set(choices(asked, "bits", frozenset())) == {bits, *lower}, name
     prefix = Setting(method="prefix_tuning", num_virtual_tokens=4)
     assert choices(prefix, "gradient_checkpointing", frozenset()) == (False,)
 

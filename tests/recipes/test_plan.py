@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from peftkit import locations
-from peftkit.errors import BackboneError, ConfigError, OutOfMemory, RunError, TrainingError
+from peftkit.errors import BackboneError, ConfigError, OutOfMemory, RunError, TrainingError, TuningError
 from peftkit.events import Decision, Event, Note, Warned
 from peftkit.planning.architecture import architecture
 from peftkit.recipe import Result, configure, execute, find, load
@@ -21,6 +24,7 @@ from peftkit.recipe.forecast import changes, setting_of
 from peftkit.recipe.groups import groups
 from peftkit.recipe.outlook import outlook
 from peftkit.recipe.target import Target, card, this_machine
+from peftkit.registry.manifest import Draft
 from peftkit.registry.store import Registry
 from peftkit.runs import list_runs, read_metrics
 from peftkit.training import step as module_step
@@ -59,7 +63,11 @@ def go(settings: list[str], report: Callable[[Event], None] = lambda event: None
 
 def plan(base: Path, target: Target, *overrides: str, **options: Any) -> Any:
     resolved = configure(load(find("qlora_sft")), overrides=[f"base={base}", *overrides])
-    return outlook(resolved, locations.cache_root().path, target, **options)
+    return outlook(resolved, locations.cache_root().path, registry(), target, **options)
+
+
+def registry() -> Registry:
+    return Registry(locations.registry_root().path)
 
 
 def quant() -> Any:
@@ -87,6 +95,67 @@ def test_what_cannot_be_loaded_is_not_planned(config_8b: Path) -> None:
         plan(config_8b, card(quant(), None, "12GB"))
 
 
+@pytest.mark.parametrize("fit", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["adapter.method=loha"], "loha does not go with quant.bits=4"),
+        (["adapter.method=full"], "full does not go with quant.bits=4"),
+        (["adapter.method=loftq", "quant.bits=16"], "loftq does not go with quant.bits=16"),
+        (["adapter.method=prefix_tuning", "train.gradient_checkpointing=true"], "its prefixes lie in the cache"),
+        (["adapter.method=pissa", "train.weight_decay=0.1"], "pulls away from the base"),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_what_a_run_refuses_is_not_planned(config_8b: Path, settings: list[str], why: str, fit: bool) -> None:
+    with pytest.raises((TuningError, TrainingError), match=re.escape(why)):
+        plan(config_8b, card(quant(), None, "200GB"), *settings, fit=fit)
+
+
+def of_a_parent(folder: Path, adapter: dict[str, Any]) -> str:
+    """A version that was trained so; a plan reads its manifest alone."""
+    (folder / "payload").mkdir()
+    (folder / "payload" / "tensors.safetensors").write_bytes(save({"model.norm.weight": torch.ones(4096)}))
+    fields = {"base": {"source": "8b", "fingerprint": "0" * 64}, "adapter": adapter, "kind": "tensors"}
+    return registry().publish("parent", folder / "payload", Draft.model_validate(fields)).reference
+
+
+def test_a_plan_is_that_of_the_parent_that_is_continued(config_8b: Path, tmp_path: Path) -> None:
+    asked = [f"init_from={of_a_parent(tmp_path, {'method': 'full'})}", "quant.bits=16", "data.max_length=512"]
+    found, _ = plan(config_8b, card(quant(), None, "200GB"), *asked)
+    assert found.setting.method == "full"
+    assert found.memory.part("trained copies").bytes.expected == 4 * architecture(LLAMA_8B).parameters
+    with pytest.raises(TuningError, match="has method=full, but the settings ask for"):
+        plan(config_8b, card(quant(), None, "200GB"), *asked, "adapter.method=lora")
+
+
+def test_a_budget_lowers_no_bits_that_the_parent_is_not_trained_over(config_8b: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"  # bits as the recipe's own default: what the command line sets stays
+    recipe.write_text(find("qlora_sft").read_text().replace("bits=4", "bits=16"))
+    overrides = [f"base={config_8b}", "data.max_length=512", f"init_from={of_a_parent(tmp_path, {'method': 'full'})}"]
+    resolved = configure(load(recipe), overrides=overrides)
+    places = tmp_path / "cache", registry(), card(quant(), None, "12GB")
+    with pytest.raises(TrainingError, match="the smallest peak is"):
+        outlook(resolved, *places, fit=True)
+
+
+def test_planning_starts_light(config_8b: Path) -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'safetensors'}"
+    settings = f"base={config_8b}", "data.max_length=512"
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from peftkit.recipe import configure, find, load\nfrom peftkit.recipe.outlook import outlook\n"
+        "from peftkit.recipe.groups import groups\nfrom peftkit.recipe.target import card\n"
+        "from peftkit.registry.store import Registry\n"
+        f"resolved = configure(load(find('qlora_sft')), overrides={settings!r})\n"
+        "target = card(groups(resolved.config).quant, None, '12GB')\n"
+        "outlook(resolved, Path('cache'), Registry(Path('registry')), target)\n"
+        f"sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_card_is_never_larger_than_it_is(config_8b: Path) -> None:
     found, _ = plan(config_8b, card(quant(), "RTX 3060 12GB", "24GB"), "data.max_length=512")
     assert found.target.bytes is not None
@@ -106,7 +175,7 @@ def test_changes_and_settings_agree(config_8b: Path, tmp_path: Path, bits: int) 
     for budget in ("11GB", "14GB", "20GB", "40GB", "200GB"):
         target = card(quant(), None, budget)
         resolved = configure(load(recipe), overrides=[f"base={config_8b}", "data.max_length=1024"])
-        found, changed = outlook(resolved, tmp_path / "cache", target, fit=True)
+        found, changed = outlook(resolved, tmp_path / "cache", registry(), target, fit=True)
         again = setting_of(architecture(LLAMA_8B), groups(changed.config), found.lengths, target)
         assert again == found.setting
         assert changes(groups(changed.config), found.setting, again) == {}
@@ -210,7 +279,7 @@ def test_a_budget_is_kept_in_the_runs_settings(settings: list[str], tmp_path: Pa
             f"train.gradient_accumulation_steps={8 // micro_batch}",
         ]
         resolved = configure(load(find("qlora_sft")), overrides=[*settings, *batch])
-        found, _ = outlook(resolved, tmp_path / "cache", this_machine(quant()))
+        found, _ = outlook(resolved, tmp_path / "cache", registry(), this_machine(quant()))
         return max(stage.bytes.high for stage in found.memory.stages)
 
     assert peak(1) < peak(8)

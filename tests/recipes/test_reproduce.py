@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from peftkit.events import Event, Warned
 from peftkit.recipe import configure, execute, find, load, shipped
 from peftkit.recipe.reproduce import Reproduction, reproduce
 from peftkit.registry.store import Registry, Version
+from peftkit.tuning.methods import METHODS
 
 Train = Callable[..., Version]
 
@@ -94,6 +97,23 @@ def test_a_continued_adapter_starts_from_its_parent_whatever_latest_is_now(train
     second = train("init_from=lamps", "train.seed=3")
     assert second.manifest.parents[0].version == first.id
     assert again(second).same
+
+
+def test_the_rate_is_the_one_that_was_used_whatever_the_methods_default_is_now(
+    train: Train, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    version = train()
+    row = METHODS["lora"]
+    assert version.manifest.recipe is not None
+    assert version.manifest.recipe.config["train"]["learning_rate"] is None
+    assert version.manifest.metrics.other["training"]["learning_rate"] == row.learning_rate
+    capfd.readouterr()
+    assert main(["show", "lamps"]) == 0
+    assert re.search(rf"learning rate +{row.learning_rate:g}\n", capfd.readouterr().out)
+    monkeypatch.setitem(METHODS, "lora", replace(row, learning_rate=0.1))
+    assert again(version).same
+    shutil.rmtree(tmp_path / "runs")
+    assert again(version, f"data.train={rows}").same
 
 
 def test_another_machine_is_named(train: Train) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_bases import write_base
 
 from peftkit import locations
-from peftkit.errors import TuningError
-from peftkit.events import Event, Progress, Report
+from peftkit.errors import ConfigError, TuningError
+from peftkit.events import Event, Note, Progress, Report, Table
 from peftkit.recipe import Interrupted, configure, execute, find, load
 from peftkit.recipe.resume import recipe_and_settings
 from peftkit.registry.store import Registry, Version
@@ -84,12 +85,30 @@ def test_top_layers_are_registered_as_tensors(go: Go) -> None:
 
 
 def test_the_trunk_cache_changes_nothing_but_time(go: Go) -> None:
+    said: list[Event] = []
     cached, plain = (
-        go("top_layers_sft", "adapter.top_layers=2", f"train.trunk_cache={on}") for on in ("true", "false")
+        go("top_layers_sft", "adapter.top_layers=2", f"train.trunk_cache={on}", report=said.append)
+        for on in ("true", "false")
     )
+    # The probe runs the whole model in both: its figures are those of the uncached run, and are called so.
+    tried = [event for event in said if isinstance(event, Table) and event.title.startswith("the longest rows")]
+    assert [tuple(cell.replace(" without the trunk cache", "") for cell in column) for column in told(tried[0])] == [
+        *told(tried[1])
+    ]
+    assert "memory of a step without the trunk cache" in told(tried[0])[0]
+    times = [event.text for event in said if isinstance(event, Note) and event.text.startswith("the run will take")]
+    assert re.match(
+        r"the run will take at most .*: training at most .* without the trunk cache, measuring at", times[0]
+    )
+    assert times[1].startswith("the run will take about ")
     first, second = tensors(cached), tensors(plain)
     assert first.keys() == second.keys()
     assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5
+
+
+def told(table: Table) -> list[tuple[str, ...]]:
+    """Names and predictions of a probe's table."""
+    return [tuple(row[at] for row in table.rows) for at in (0, 1)]
 
 
 def test_gradual_unfreezing_trains_every_group(go: Go, deep_base: Path) -> None:
@@ -191,3 +210,22 @@ def test_any_method_goes_into_any_recipe() -> None:
     config = settings_of("gradual_unfreezing_sft", "adapter.method=ia3")
     assert (config.adapter.method, config.adapter.top_layers) == ("ia3", None)
     assert settings_of("qlora_sft", "adapter.method=top_layers").adapter.top_layers == 2
+
+
+def test_another_direction_leaves_out_the_recipes_pace() -> None:
+    recipe = "gradual_unfreezing_sft"
+    assert settings_of(recipe, "train.unfreeze.direction=none").train.unfreeze.every_epochs is None
+    assert settings_of(recipe, "train.unfreeze.direction=deep_first").train.unfreeze.every_epochs == 0.5
+    other = settings_of(recipe, "train.unfreeze.direction=shallow_first", "train.unfreeze.every_steps=3").train.unfreeze
+    assert (other.every_epochs, other.every_steps) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [("gradual_unfreezing_sft", "train.freezeout.t_0=0.5"), ("layerwise_sft", "train.layerwise.rates={0-3: 0.1}")],
+)
+def test_a_message_names_every_override_at_once(recipe: str, wanted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings_of(recipe, wanted)
+    mend = re.findall(r"train\.[\w.]+=[a-z]\w*", str(caught.value))
+    assert settings_of(recipe, wanted, *mend).train

@@ -247,6 +247,17 @@ def test_engines_refuse_it_by_name_with_what_works_instead(lab: Lab, engine: str
     assert not (lab.root / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["norms", "biases"])
+def test_engines_offer_no_lora_of_what_no_lora_holds(lab: Lab, method: str) -> None:
+    lab.make(method)
+    with pytest.raises(DeltaError, match="kind tensors") as caught:
+        export_for("vllm", lab.registry, ["part"], lab.root / "out", lab.cache)
+    assert "peftkit merge part --onto original --out FOLDER" in str(caught.value)
+    assert "combine" not in str(caught.value)
+    with pytest.raises(DeltaError, match="no LoRA adapter can hold"):
+        lab.combine("part", rank=8, drop=True)
+
+
 @pytest.mark.parametrize("engine", ["gguf", pytest.param("ollama", marks=HEAVY)])
 def test_merged_it_leaves_as_gguf(lab: Lab, engine: str) -> None:
     lab.make("norms")

@@ -22,6 +22,7 @@ from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step, StepResult
+from peftkit.tuning.methods import AdapterSpec
 
 CPU = torch.device("cpu")
 RAGGED = (3, 30, 11, 7)
@@ -287,10 +288,46 @@ def test_what_would_have_no_effect_is_refused(model: Any, tuned: Callable[..., A
     with pytest.raises(TrainingError, match=r"r_drop=1 has no effect: nothing drops") as caught:
         objective(model, RegularizeSpec(r_drop=1.0))
     assert "adapter.lora_dropout" in str(caught.value)
-    with pytest.raises(TrainingError, match="nothing drops"):
-        objective(model, RegularizeSpec(r_drop=1.0, dropout=0.0))
+    with pytest.raises(TrainingError, match="dropout=0 has no effect: the base has that rate already"):
+        objective(model, RegularizeSpec(dropout=0.0))
     objective(model, RegularizeSpec(r_drop=1.0, dropout=0.1))
     objective(tuned(bits=32, lora_dropout=0.1), RegularizeSpec(r_drop=1.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "trunk_cache", "hint"),
+    [
+        ({}, False, "set adapter.lora_dropout=0.1 or train.regularize.dropout=0.1"),
+        ({}, True, "set adapter.lora_dropout=0.1 or train.regularize.dropout=0.1 train.trunk_cache=false"),
+        ({"method": "norms"}, False, "set train.regularize.dropout=0.1"),
+        ({"method": "norms"}, True, "set train.regularize.dropout=0.1 train.trunk_cache=false"),
+    ],
+)
+def test_a_hint_names_what_the_method_has_and_what_a_cached_trunk_goes_with(
+    tuned: Callable[..., Any], settings: dict[str, Any], trunk_cache: bool, hint: str
+) -> None:
+    with pytest.raises(TrainingError, match="nothing drops") as caught:
+        objective(tuned(bits=32, **settings), RegularizeSpec(r_drop=1.0), trunk_cache=trunk_cache)
+    assert caught.value.hint == hint
+
+
+def test_penalties_towards_zero_are_for_matrices_alone(tuned: Callable[..., Any]) -> None:
+    """The neutral value of DoRA's magnitudes is the norm of the base's columns."""
+    model = tuned(bits=32, method="dora")
+    made = objective(model, RegularizeSpec(l1=1e-3, l2=1e-2))
+    made.finish()
+    pulled = {name for name, gradient in taken(model).items() if gradient.any()}
+    assert pulled == {name for name in model.trainable if "lora_A" in name}, "lora_B is 0"
+
+
+@pytest.mark.parametrize("settings", [{"weight_decay": 0.1}, {"regularize": {"l2": 0.1}}, {"regularize": {"l1": 0.1}}])
+@pytest.mark.parametrize("method", ["ia3", "norms"])
+def test_a_decay_without_matrices_is_refused(
+    tuned: Callable[..., Any], rows: Rows, tmp_path: Path, method: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(TrainingError, match=r"has no effect with adapter\.method") as caught:
+        train(tuned(bits=32, method=method), rows((5,)), TrainSpec(max_steps=1, **settings), tmp_path)
+    assert "train.regularize.l2_sp=0.1" in str(caught.value)
 
 
 class Vectors:
@@ -300,6 +337,7 @@ class Vectors:
         self.model = nn.Linear(2, 2)
         self.trainable = {"bias": self.model.bias}
         self.backbone = self
+        self.spec = AdapterSpec(method="bias_only")
 
 
 def test_places_and_matrices_must_be_there() -> None:

@@ -46,9 +46,11 @@ def test_cosine_by_table(step: int, factor: float) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 300), st.floats(0, 0.9), st.sampled_from(["constant", "linear", "cosine"]))
+@given(
+    st.integers(1, 300), st.floats(0, 0.9), st.sampled_from(["constant", "constant_with_warmup", "linear", "cosine"])
+)
 def test_schedules_are_bitwise_those_of_transformers(steps: int, warmup: float, name: Any) -> None:
-    spec = TrainSpec(warmup_ratio=warmup, lr_scheduler_type=name)
+    spec = TrainSpec(lr_scheduler_type=name, **({} if name == "constant" else {"warmup_ratio": warmup}))
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = get_scheduler(name, optimizer, rates.warmup_steps(spec, steps), steps).lr_lambdas[0]
     assert [scheduled(spec, step, steps) for step in range(steps)] == [theirs(step) for step in range(steps)]
@@ -135,25 +137,50 @@ def test_freezeout_is_the_codes_formula(until: float, steps: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"layerwise": {"decay": 0.9, "rates": {"head": 1.0}}}, "two ways"),
+        ({"layerwise": {"decay": 0.9, "rates": {"head": 1.0}}}, "two ways .*train.layerwise.decay=null"),
         ({"layerwise": {"rates": {"layer 3": 1.0}}}, "names no depth"),
         ({"layerwise": {"rates": {"5-2": 1.0}}}, "names no depth"),
         ({"layerwise": {"rates": {"head": 0.0}}}, "must be above 0"),
         ({"layerwise": {"decay": 1.1}}, "less than or equal to 1"),
-        ({"unfreeze": {"every_steps": 2}}, "without a direction"),
-        ({"unfreeze": {"groups": 2}}, "without a direction"),
-        ({"unfreeze": {"direction": "deep_first"}}, "needs every_epochs or every_steps"),
-        ({"unfreeze": {"direction": "deep_first", "every_steps": 2, "every_epochs": 1}}, "are two paces"),
+        ({"unfreeze": {"every_steps": 2, "groups": 3}},
+         "without a direction: .*, or train.unfreeze.every_steps=null train.unfreeze.groups=1"),
+        ({"unfreeze": {"groups": 2}}, "without a direction: .*, or train.unfreeze.groups=1"),
+        ({"unfreeze": {"direction": "deep_first"}}, "needs train.unfreeze.every_epochs or train.unfreeze.every_steps"),
+        ({"unfreeze": {"direction": "deep_first", "every_steps": 2, "every_epochs": 1}},
+         "are two paces: set train.unfreeze.every_epochs=null or"),
         ({"freezeout": {"cubed": True}}, "belong to a t_0"),
-        ({"freezeout": {"t_0": 0.5}, "unfreeze": {"direction": "deep_first", "every_steps": 2}}, "two orders"),
+        ({"freezeout": {"t_0": 0.5}, "unfreeze": {"direction": "deep_first", "every_epochs": 2},
+          "lr_scheduler_type": "linear", "warmup_ratio": 0.1},
+         "train.unfreeze.direction=none train.unfreeze.every_epochs=null train.lr_scheduler_type=cosine "
+         "train.warmup_ratio=0.03"),
         ({"freezeout": {"t_0": 0.5}, "lr_scheduler_type": "linear"}, "lr_scheduler_type=linear would be ignored"),
         ({"freezeout": {"t_0": 0.5}, "warmup_ratio": 0.1}, "warmup_ratio=0.1 would be ignored"),
         ({"lr_scheduler_type": "slanted_triangular", "warmup_ratio": 0.1}, "warmup_ratio=0.1 would be ignored"),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.5}, "train.lr_scheduler_type=constant_with_warmup"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         TrainSpec(**settings)
+
+
+@pytest.mark.parametrize("name", ["constant", "constant_with_warmup"])
+def test_constant_has_a_warmup_where_its_name_says_so(name: Any) -> None:
+    spec = TrainSpec(lr_scheduler_type=name, **({"warmup_ratio": 0.5} if name != "constant" else {}))
+    warm = [0.0, 0.2, 0.4, 0.6, 0.8] if name != "constant" else [1.0] * 5
+    assert [scheduled(spec, step, 10) for step in range(10)] == pytest.approx([*warm, *[1.0] * 5])
+    assert rates.warmup_steps(spec, 10) == (5 if name != "constant" else 0)
+
+
+@pytest.mark.parametrize("settings", [{"freezeout": {"t_0": 0.5}}, {"lr_scheduler_type": "constant"}], ids=str)
+def test_no_warmup_is_what_these_have(settings: dict[str, Any]) -> None:
+    assert rates.warmup_steps(TrainSpec(**settings, warmup_ratio=0.0), 100) == 0
+
+
+def test_however_small_its_share_a_depth_trains_at_the_first_step() -> None:
+    assert rates.frozen_from(1e-12, 100) == 1
+    assert annealed(1e-12, 0, 100) == 1.0
+    assert annealed(1e-12, 1, 100) == 0.0
 
 
 def test_settings_survive_their_own_dump() -> None:

@@ -160,6 +160,12 @@ def test_penalty_gradients_are_those_of_the_formula() -> None:
     torch.testing.assert_close(w.grad, expected, rtol=1e-14, atol=1e-14)
 
 
+def test_spared_tensors_are_pulled_to_their_beginning_alone() -> None:
+    w = nn.Parameter(torch.tensor([2.0, -1.0]))
+    Penalties(l1=0.5, l2=0.1, l2_sp=0.3, start={"w": torch.ones(2)}, spared=frozenset("w")).add_gradients({"w": w})
+    torch.testing.assert_close(w.grad, torch.tensor([0.3, -0.6]))
+
+
 def test_a_frozen_tensor_gets_no_gradient() -> None:
     frozen = nn.Parameter(torch.ones(2), requires_grad=False)
     Penalties(l1=1.0, l2=1.0).add_gradients({"frozen": frozen})

@@ -323,7 +323,8 @@ def linear(t: int, warm: int, total: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "formula"), [("cosine", cosine), ("linear", linear), ("constant", lambda t, warm, total: 1.0)]
+    ("name", "formula"),
+    [("cosine", cosine), ("linear", linear), ("constant_with_warmup", lambda t, warm, total: min(1.0, t / warm))],
 )
 def test_learning_rates_are_the_formulas(
     tuned: Make, rows: Rows, tmp_path: Path, name: str, formula: Callable[[int, int, int], float]

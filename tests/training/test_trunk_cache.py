@@ -15,8 +15,8 @@ from trunk_bases import WRITERS
 
 from peftkit.backbone.contain import base_tensors
 from peftkit.data.chat import Example
-from peftkit.errors import ConfigError, TrainingError
-from peftkit.events import Decision, Event
+from peftkit.errors import ConfigError, OutOfMemory, TrainingError
+from peftkit.events import Decision, Event, Note, Warned
 from peftkit.training.checkpoint import Checkpoints
 from peftkit.training.schedule import schedule
 from peftkit.training.sft import train
@@ -169,6 +169,98 @@ def test_a_resumed_run_is_the_uninterrupted_one_with_its_cache_or_without(
         assert same(resumed.after, whole.after)
 
 
+# -- the same settings of training
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "bitwise"),
+    [
+        ({**LORA, "method": "adalora", "r": 2}, {}, True),
+        pytest.param(
+            LORA, {"early_stopping_patience": 1, "eval_steps": 1, "learning_rate": 3.0}, True, marks=pytest.mark.full
+        ),
+        pytest.param(
+            {"method": "top_layers", "top_layers": 2}, {"gradient_checkpointing": True}, True, marks=pytest.mark.full
+        ),
+        (HEAD, {"regularize": {"l2_sp": 0.5}}, True),
+        ({**LORA, "lora_dropout": 0.1}, {"regularize": {"r_drop": 1.0}}, False),  # its batches hold every row twice
+        (
+            {"method": "top_layers", "top_layers": 2},
+            {"unfreeze": {"direction": "deep_first", "every_steps": 2}, "num_train_epochs": 2},
+            True,
+        ),
+    ],
+    ids=["adalora", "early stopping", "checkpointing", "l2_sp", "r_drop", "unfreezing"],
+)
+def test_settings_of_training_mean_the_same_with_a_cached_trunk(
+    tuned: Make,
+    rows: Rows,
+    tmp_path: Path,
+    bases: Any,
+    settings: dict[str, Any],
+    changes: dict[str, Any],
+    bitwise: bool,
+) -> None:
+    def run(trunk_cache: bool) -> Run:
+        spec = TrainSpec.model_validate({**SPEC.model_dump(), **changes, "trunk_cache": trunk_cache})
+        return Run(tuned(bases("llama"), **settings), rows, tmp_path, spec)
+
+    plain, cached = run(trunk_cache=False), run(trunk_cache=True)
+    assert list(cached.trace) == list(plain.trace)
+    first = range(1, WHOLE_STEPS_OF_EPOCH_1 + 1)
+    assert not bitwise or [cached.trace[step] for step in first] == [plain.trace[step] for step in first]
+    apart = max(float((cached.after[name] - plain.after[name]).abs().max()) for name in plain.after)
+    assert apart <= 1e-5
+    notes = [[event.text for event in one.events if isinstance(event, Note)] for one in (plain, cached)]
+    if "early_stopping_patience" in changes:
+        assert any("the adapter is that of step" in text for text in notes[1])
+    if "unfreeze" in changes:
+        assert sum("thawed" in text for text in notes[1]) >= 2
+    if settings["method"] == "adalora":
+        patterns = [one.tuned.model.peft_config["default"].rank_pattern for one in (plain, cached)]
+        assert patterns[0] == patterns[1]
+        assert patterns[1] is not None
+
+
+def no_room(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Fail by a real allocation where a block is given more than one row."""
+    if (args[0] if args else kwargs["hidden_states"]).shape[0] > 1:
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_where_one_row_fits_a_run_goes_on_with_one(tuned: Make, rows: Rows, tmp_path: Path, bases: Any) -> None:
+    """In the trunk, in the comparison with the whole model, and in training, as without a cache."""
+
+    def run(spec: TrainSpec) -> Run:
+        model = tuned(bases("llama"), **LORA)
+        for block in (model.inner.model.layers[0], model.inner.model.layers[-1]):
+            block.register_forward_pre_hook(no_room, with_kwargs=True)
+        return Run(model, rows, tmp_path, spec)
+
+    plain, cached = (run(spec.model_copy(update={"num_train_epochs": 1.0})) for spec in (SPEC, CACHED))
+    said = [event.text for event in cached.events if isinstance(event, Warned)]
+    assert sum("the cached trunk is compared with the whole model on 1" in text for text in said) == 2
+    assert sum("the step is repeated with 1 at once" in text for text in said) == 1
+    assert len(cached.trace) == len(plain.trace) == 3
+    assert max(float((cached.after[name] - plain.after[name]).abs().max()) for name in plain.after) <= 1e-5
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_where_one_row_is_too_much_the_error_says_so(
+    tuned: Make, rows: Rows, tmp_path: Path, bases: Any, at: int
+) -> None:
+    model = tuned(bases("llama"), **LORA)
+
+    def exhausted(module: torch.nn.Module, args: Any) -> None:
+        if not torch.is_grad_enabled():
+            torch.empty(1 << 60, dtype=torch.uint8)
+
+    model.inner.model.layers[at].register_forward_pre_hook(exhausted)
+    with pytest.raises(OutOfMemory, match=r"before step 1, with a single row of \d+ tokens") as caught:
+        prepared(model, rows(LENGTHS), tmp_path)
+    assert "lower data.max_length" in str(caught.value)
+
+
 # -- what may be cached
 
 
@@ -215,8 +307,10 @@ def test_the_trunk_ends_below_the_lowest_trained_tensor(
 def test_where_training_reaches_the_first_block_there_is_no_trunk(
     tuned: Make, rows: Rows, tmp_path: Path, bases: Any, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(TrainingError, match="what is trained reaches the first of 4"):
+    with pytest.raises(TrainingError, match="what is trained reaches the first of 4") as caught:
         prepared(tuned(bases("llama"), **settings), rows(LENGTHS), tmp_path)
+    assert ("adapter.layers" in str(caught.value)) == ("layers" in settings), "only what the method has"
+    assert "train.trunk_cache=false" in str(caught.value)
 
 
 def test_learned_positions_below_the_blocks_are_seen(tuned: Make, rows: Rows, tmp_path: Path, bases: Any) -> None:

@@ -173,6 +173,20 @@ def test_a_disk_without_room_is_an_error_before_training(tmp_path: Path) -> None
         require_room(tmp_path, room + 1, "the trunk cache")
 
 
+@pytest.mark.parametrize("short", ["states", "released trunk"])
+def test_nothing_is_computed_where_the_disk_has_no_room_for_both(
+    tuned: Make, rows: Rows, tmp_path: Path, four_blocks: Path, monkeypatch: pytest.MonkeyPatch, short: str
+) -> None:
+    states = 33 * 64 * 4
+    usage = shutil.disk_usage(tmp_path)._replace(free=states - 1 if short == "states" else states + 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    said: list[Event] = []
+    with pytest.raises(TrainingError, match="the trunk cache with the released trunk's weights beside it takes"):
+        make(tuned(four_blocks, **LORA), rows(LENGTHS), tmp_path, report=said.append)
+    assert not any(isinstance(event, Progress) for event in said)
+    assert TrunkStore(tmp_path).kept() == []
+
+
 def test_caches_are_listed_and_removed(tuned: Make, rows: Rows, tmp_path: Path, four_blocks: Path) -> None:
     store, model = TrunkStore(tmp_path), tuned(four_blocks, **LORA)
     assert store.kept() == store.remove() == []

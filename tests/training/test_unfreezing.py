@@ -15,9 +15,10 @@ from peftkit.errors import TrainingError
 from peftkit.events import Note, Warned
 from peftkit.training import unfreezing
 from peftkit.training.checkpoint import Checkpoints
+from peftkit.training.course import Course
 from peftkit.training.layerwise import FreezeOutSpec, LayerwiseSpec, UnfreezeSpec
 from peftkit.training.memory import checkpoint_activations, keep_activations
-from peftkit.training.sft import train
+from peftkit.training.sft import Trained, train
 from peftkit.training.spec import TrainSpec
 from peftkit.training.trainer import StepTrainer
 from peftkit.training.unfreezing import check_freezing, spans
@@ -233,11 +234,67 @@ def test_a_resumed_run_is_the_uninterrupted_one(tuned: Make, rows: Rows, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(go(tmp_path / "cut"), whole, strict=True))
 
 
-@pytest.mark.parametrize(("case", "words"), [("sharded", "FSDP"), ("allocates", "adalora")])
-def test_what_freezing_does_not_go_with(case: str, words: str) -> None:
-    nothing = {"sharded": False, "allocates": False}
-    check_freezing(TrainSpec(), **{**nothing, case: True})
+def test_freezing_does_not_go_with_a_sharded_base() -> None:
+    check_freezing(TrainSpec(), sharded=True)
     for settings in ({"unfreeze": DEEP}, {"freezeout": FreezeOutSpec(t_0=0.5)}):
-        check_freezing(TrainSpec(**settings), **nothing)
-        with pytest.raises(TrainingError, match=words):
-            check_freezing(TrainSpec(**settings), **{**nothing, case: True})
+        check_freezing(TrainSpec(**settings), sharded=False)
+        with pytest.raises(TrainingError, match="FSDP"):
+            check_freezing(TrainSpec(**settings), sharded=True)
+
+
+def stepped(
+    model: Tuned, rows: Rows, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> tuple[list[int], Trained]:
+    """The steps at which a run's watchdog began anew, counted from 0, and what the run did."""
+    begun: list[int] = []
+    training = StepTrainer.training_step
+
+    def step(self: StepTrainer, *args: Any) -> torch.Tensor:
+        monkeypatch.setattr(self.watchdog, "begin_anew", lambda: begun.append(self.journal.step))
+        return training(self, *args)
+
+    spec = TrainSpec(**{"per_device_train_batch_size": 1, "lr_scheduler_type": "constant", "save_steps": 1, **settings})
+    checkpoints = Checkpoints(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(StepTrainer, "training_step", step)
+        done = train(model, rows((9, 12)), spec, folder / "trainer", held_out=rows((7,)), checkpoints=checkpoints,
+                     start=checkpoints.newest())  # fmt: skip
+    return begun, done
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"), [({"unfreeze": DEEP}, [2]), ({"freezeout": FreezeOutSpec(t_0=0.5)}, [3]), ({}, [])]
+)
+def test_the_watchdog_begins_anew_where_other_depths_train(
+    tuned: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any],
+    changes: list[int],
+) -> None:  # fmt: skip
+    if "freezeout" in settings:
+        settings = {**settings, "lr_scheduler_type": "cosine"}
+    steps = 6 if "freezeout" in settings else 4
+    (begun, _) = stepped(tuned(bits=4), rows, tmp_path, monkeypatch, max_steps=steps, **settings)
+    assert begun == changes
+
+
+def test_a_resumed_run_begins_no_more_anew_than_the_whole_one(
+    tuned: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Depth 1 is frozen when a run is resumed at step 1, as it was before: nothing has changed."""
+    stepped(tuned(bits=4), rows, tmp_path, monkeypatch, max_steps=1, unfreeze=DEEP)
+    (begun, _) = stepped(tuned(bits=4), rows, tmp_path, monkeypatch, max_steps=2, unfreeze=DEEP)
+    assert begun == []
+    (begun, _) = stepped(tuned(bits=4), rows, tmp_path, monkeypatch, max_steps=3, unfreeze=DEEP)
+    assert begun == [2]
+
+
+def test_patience_waits_for_the_last_thaw(
+    tuned: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every measurement is worse than the first. The last depth is thawed after step 5, and the run ends at step 7."""
+    nlls = iter(range(1, 13))
+    monkeypatch.setattr(Course, "_held_out_nll", lambda self: float(next(nlls)))
+    slow = UnfreezeSpec(direction="deep_first", every_steps=5)
+    settings = {"max_steps": 12, "eval_steps": 1, "early_stopping_patience": 2}
+    (_, done) = stepped(tuned(bits=4), rows, tmp_path, monkeypatch, unfreeze=slow, **settings)
+    assert done.steps == 7
+    assert done.best_step == 1

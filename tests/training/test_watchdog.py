@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import pytest
 from hypothesis import given, settings
@@ -35,9 +35,19 @@ def clean(seed: int, steps: int = 300) -> Trace:
     return trace
 
 
-def watch(trace: Iterable[tuple[int, dict[str, float]]], **options: int) -> list[Alarm]:
-    dog = Watchdog(300, **{"warmup_steps": WARMUP, **options})
-    return [alarm for step, figures in trace for alarm in dog.observe(step, figures)]
+def dog(learning_rate: float = 2e-4) -> Watchdog:
+    return Watchdog(300, learning_rate=learning_rate, warmup_steps=WARMUP)
+
+
+def watch(
+    trace: Iterable[tuple[int, dict[str, float]]], learning_rate: float = 2e-4, thaws: Container[int] = ()
+) -> list[Alarm]:
+    watching, alarms = dog(learning_rate), []
+    for step, figures in trace:
+        if step in thaws:
+            watching.begin_anew()
+        alarms += watching.observe(step, figures)
+    return alarms
 
 
 def change(change: Callable[[int, dict[str, float]], dict[str, float]]) -> Trace:
@@ -107,9 +117,40 @@ def test_a_warning_is_not_said_at_every_step() -> None:
 def test_a_lower_rate_is_named() -> None:
     (alarm, *_) = watch(PLANTED["rate-too-high"])
     assert alarm.rule == "rate-too-high"
-    assert alarm.hint == "train.learning_rate=4e-05"  # a fifth of the peak of 2e-4
-    (alarm, *_) = watch(PLANTED["rate-too-low"])
-    assert alarm.hint == "train.learning_rate=2e-4"
+    assert alarm.hint == "train.learning_rate=4e-05"  # a fifth of 2e-4
+
+
+@pytest.mark.parametrize("rule", [rule.id for rule in RULES if rule.id.startswith(("rate", "loss", "grad", "diver"))])
+def test_what_is_advised_is_relative_to_the_runs_own_setting(rule: str) -> None:
+    """LoRA+ with a ratio of 16: the highest group trains at 16 times train.learning_rate, and shows it."""
+    times = 10 if rule == "rate-too-low" else 1 / 5
+    for rate in (1e-4, 1e-6):
+        (alarm, *_) = [alarm for alarm in watch(PLANTED[rule], learning_rate=rate) if alarm.rule == rule]
+        assert alarm.hint.startswith(f"train.learning_rate={times * rate:.1g}")
+
+
+def thawed(step: int, figures: dict[str, float]) -> dict[str, float]:
+    """More depths join at steps 100 and 200: a third of the speed, ten times the norm, and more memory, each time."""
+    times = (step >= 100) + (step >= 200)
+    return {
+        "tokens_per_s": figures["tokens_per_s"] / 4**times,
+        "grad_norm": figures["grad_norm"] * 12**times,
+        "peak_gb": figures["peak_gb"] + times,
+    }
+
+
+def test_a_thaw_is_no_fault() -> None:
+    assert {alarm.rule for alarm in watch(change(thawed))} == {"throughput-collapse", "gradient-explosion"}
+    assert watch(change(thawed), thaws=(100, 200)) == []
+    every_block = change(lambda s, f: {"peak_gb": 2.0 + s // 50})
+    assert {alarm.rule for alarm in watch(every_block)} == {"memory-creep"}
+    assert watch(every_block, thaws=range(0, 300, 50)) == []
+
+
+def test_what_comes_after_a_thaw_is_still_found() -> None:
+    for rule, fault in (("gradient-explosion", {"grad_norm": 12e3}), ("throughput-collapse", {"tokens_per_s": 1.0})):
+        trace = change(lambda s, f, fault=fault: {**thawed(s, f), **(fault if s >= 240 else {})})
+        assert {alarm.rule for alarm in watch(trace, thaws=(100, 200))} == {rule}
 
 
 def test_a_figure_that_is_not_there_is_no_alarm() -> None:
@@ -121,18 +162,18 @@ def test_a_figure_that_is_not_there_is_no_alarm() -> None:
 @settings(max_examples=40, deadline=None)
 def test_a_restored_watchdog_says_the_same(seed: int, fault: str, cut: int) -> None:
     trace = PLANTED[fault] if seed % 2 else clean(seed)
-    one = Watchdog(300, warmup_steps=WARMUP)
+    one = dog()
     whole = [one.observe(step, figures) for step, figures in trace]
-    first = Watchdog(300, warmup_steps=WARMUP)
+    first = dog()
     before = [first.observe(step, figures) for step, figures in trace[:cut]]
     kept = json.loads(json.dumps(first.state(), allow_nan=False))
-    again = Watchdog(300, warmup_steps=WARMUP).restore(kept)
+    again = dog().restore(kept)
     assert before + [again.observe(step, figures) for step, figures in trace[cut:]] == whole
     assert again.state() == one.state()
 
 
 def test_a_new_watchdog_restores_nothing() -> None:
-    assert Watchdog(10).restore({}).state() == Watchdog(10).state()
+    assert dog().restore({}).state() == dog().state()
 
 
 @given(st.lists(st.dictionaries(st.sampled_from(["loss", "grad_norm", "learning_rate", "peak_gb", "tokens_per_s",

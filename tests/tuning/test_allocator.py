@@ -137,6 +137,19 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_other_did(run: Any, tmp_path: 
     assert other.model.peft_config["default"].rank_pattern == tuned.model.peft_config["default"].rank_pattern
 
 
+def test_a_pruned_adapter_that_is_trained_again_keeps_its_ranks(run: Any, tmp_path: Path) -> None:
+    """In the same process the ranks that were taken are rows of zeros still, with gradients that are not."""
+    _, seen, kept, load = run
+    tuned = inject(load(), spec_of("adalora"))
+    train(tuned, examples(), SPEC, tmp_path, start=kept.load(16))
+    ranks = left(tuned)
+    assert sum(ranks) == seen[-1] == 4 * 14
+    steps = []
+    again = SPEC.model_copy(update={"max_steps": 3})
+    train(tuned, examples(), again, tmp_path, log=lambda step, figures: steps.append(left(tuned)))
+    assert [*steps, left(tuned)] == [ranks] * 4
+
+
 def test_the_penalty_is_that_of_peft(load: Callable[..., Any]) -> None:
     """PEFT adds it to a loss that it computes itself, which `generation.forward` never asks for."""
     tuned = disturbed(inject(load(bits=32), spec_of("adalora")))
@@ -154,15 +167,20 @@ def test_the_penalty_is_that_of_peft(load: Callable[..., Any]) -> None:
         torch.testing.assert_close(gradient, both[name] - tuned.trainable[name].grad, rtol=1e-4, atol=1e-6)
 
 
-def test_orthogonal_factors_have_no_penalty(load: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("scale", [0.9, 1.1])
+def test_the_penalty_is_least_where_factors_are_orthogonal(load: Callable[..., Any], scale: float) -> None:
+    """With QQᵀ = I, the gradient of ‖s²QQᵀ − I‖ by sQ is ±2 s²Q / (s √r), outside and inside: it leads back to Q."""
     tuned = inject(load(bits=32), spec_of("adalora"))
+    factors = {name: p for name, p in tuned.trainable.items() if ".lora_E." not in name}
     with torch.no_grad():
-        for parameter in tuned.trainable.values():
-            if parameter.shape[1] > 1:
-                torch.nn.init.orthogonal_(parameter)
+        for parameter in factors.values():
+            torch.nn.init.orthogonal_(parameter).mul_(scale)
     Allocator(tuned, STEPS).penalize()
-    # The norm has a corner at 0: rounding decides the direction of its gradient, of length weight / modules at most.
-    assert all(float(p.grad.norm()) < 0.5 for p in tuned.trainable.values() if p.grad is not None)
+    weight, r = tuned.model.peft_config["default"].orth_reg_weight, tuned.spec.init_r
+    assert (weight, r) == (0.5, 6)
+    for parameter in factors.values():
+        expected = (1 if scale > 1 else -1) * weight / len(factors) * 2 * parameter.detach() / r**0.5
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_runs_that_cannot_lower_ranks_are_refused(load: Callable[..., Any], tmp_path: Path) -> None:

@@ -139,6 +139,28 @@ def test_loftq_begins_with_what_quantization_took(load: Callable[..., Any], bits
     assert float((logits(tuned.model) - exact).norm()) < 0.8 * float((quantized - exact).norm())
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_loftq_of_a_layer_that_is_not_quantized_begins_as_lora(load: Callable[..., Any], bits: int) -> None:
+    """With zeros for both factors, neither would ever get a gradient."""
+    events: list[Any] = []
+    backbone = load(bits=bits)
+    tuned = inject(backbone, spec_of("loftq", target_modules=["q_proj", "lm_head"]), report=events.append)
+    tuned.model(input_ids=IDS, labels=IDS).loss.backward()
+    for name, layer in lora_layers(tuned.model, "loftq").items():
+        a, b = factors(layer)
+        assert a.any(), name
+        assert bool(b.any()) == name.endswith("q_proj"), name
+        assert b.grad.any(), name
+    assert any("1 layers that are not quantized begin as LoRA's do" in str(event) for event in events)
+
+
+def test_loftq_where_nothing_is_quantized_is_refused(load: Callable[..., Any]) -> None:
+    backbone = load(bits=4)
+    with pytest.raises(TuningError, match="none of the 1 adapted layers is quantized: lm_head"):
+        inject(backbone, spec_of("loftq", target_modules=["lm_head"]))
+    assert inject(backbone, spec_of("lora")).names, "nothing was left behind"
+
+
 @pytest.mark.full
 @pytest.mark.base
 def test_loftq_brings_the_embedded_base_nearer_to_its_16_bits(embedded: Path, cache: Path) -> None:

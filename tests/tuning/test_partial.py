@@ -14,14 +14,17 @@ from partial_lab import logits, write_bases
 from safetensors.torch import load_file
 
 from peftkit.backbone.contain import base_tensors, quantized_linears
+from peftkit.backbone.load import load_backbone
 from peftkit.backbone.quantize import dense_weight
+from peftkit.backbone.spec import QuantSpec
+from peftkit.base.ref import BaseSpec
 from peftkit.data.chat import IGNORED, Example
 from peftkit.errors import TuningError
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
-from peftkit.tuning.partial import partial_names
+from peftkit.tuning.partial import dense_layers, partial_names
 from peftkit.tuning.tuned import Tuned
 
 Tune = Callable[..., Tuned]
@@ -250,6 +253,47 @@ def test_what_cannot_be_trained_is_refused(tune: Tune, case: str) -> None:
     base, bits, settings, why = REFUSED[case]
     with pytest.raises(TuningError, match=why):
         tune(base, bits, **settings)
+
+
+NORMS_ALONE, POSITIONS = {"method": "norms"}, {"method": "patterns", "patterns": ["transformer.wpe.weight"]}
+UNLIKE = [
+    ("llama", 4, "float32", NORMS_ALONE),
+    ("llama", 8, "float32", NORMS_ALONE),
+    ("llama", 16, "float32", NORMS_ALONE),
+    ("gpt2", 16, "float32", {"method": "bias_only"}),
+    ("gpt2", 16, "bfloat16", POSITIONS),
+    ("gpt2", 4, "float32", {**HEAD, "top_layers": 1}),
+]
+
+
+@pytest.mark.parametrize(("base", "bits", "compute", "settings"), UNLIKE)
+def test_layers_that_cannot_take_what_trained_ones_give_are_refused_with_what_mends_it(
+    bases: dict[str, Path], tmp_path: Path, base: str, bits: int, compute: str, settings: dict[str, Any]
+) -> None:
+    spec = AdapterSpec(**settings)
+
+    def load(dtype: str) -> Any:
+        quant = QuantSpec.model_validate({"bits": bits, "dtype": dtype, "compute_dtype": compute, "device": "cpu"})
+        return load_backbone(BaseSpec(source=str(bases[base])), quant, tmp_path / "cache", dense=dense_layers(spec))
+
+    backbone = load("bfloat16")
+    own = logits(backbone.model)
+    with pytest.raises(TuningError, match=f"in bfloat16, computing in {compute}, cannot use them") as caught:
+        inject(backbone, spec)
+    assert "quant.dtype=float32" in str(caught.value)
+    assert torch.equal(logits(backbone.model), own)
+    two_steps(inject(load("float32"), spec), tmp_path / "trainer")
+
+
+@pytest.mark.parametrize("settings", [NORMS_ALONE, {"method": "full"}, {**HEAD, "top_layers": 1}])
+def test_beside_bfloat16_under_autocast_they_train(
+    bases: dict[str, Path], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    spec = AdapterSpec(**settings)
+    quant = QuantSpec.model_validate({"bits": 16, "compute_dtype": "bfloat16", "device": "cpu"})
+    backbone = load_backbone(BaseSpec(source=str(bases["llama"])), quant, tmp_path / "cache", dense=dense_layers(spec))
+    assert backbone.placement.dtype == torch.bfloat16
+    two_steps(inject(backbone, spec), tmp_path / "trainer")
 
 
 def test_fsdp_is_refused(tune: Tune, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from peftkit.backbone.load import load_backbone
 from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec
 from peftkit.errors import TuningError
-from peftkit.registry.manifest import Version
+from peftkit.recipe.fields import base_fields
+from peftkit.registry.manifest import Draft, Version
 from peftkit.registry.store import Registry
 from peftkit.tuning.attach import attach, open_adapters, resume_adapter
 from peftkit.tuning.methods import AdapterSpec
@@ -150,3 +151,39 @@ def test_a_version_that_does_not_say_how_it_was_trained_continues_by_names(
     }
     with pytest.raises(TuningError, match=r"adapter\.method=lora"):
         resume_adapter(backbone, version, AdapterSpec(method="lora"), asked=["method"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"method": ["x"]}, None),  # what it was trained as is not known: it goes on as its own tensors
+        ({"method": "norms", "r": 4}, "norms has no r"),
+        ({"method": "norms", "layers": 3}, "adapter.layers: Input should be a valid string"),
+    ],
+)
+def test_a_manifest_that_says_what_no_method_has(
+    registry: Registry, bases: dict[str, Path], tmp_path: Path, settings: dict[str, Any], says: str | None
+) -> None:
+    backbone = backbone_of(bases["llama"], tmp_path / "cache", 32, AdapterSpec(method="norms"))
+    payload = save_tensors(tmp_path / "payload", {"model.norm.weight": torch.full((64,), 2.0)})
+    fields = {"kind": "tensors", "base": base_fields(backbone), "adapter": settings}
+    version = registry.publish("odd", payload, Draft.model_validate(fields), base=backbone.identity.record)
+    if says is None:
+        assert resume_adapter(backbone, version, AdapterSpec(), asked=()).names == ("model.norm.weight",)
+        return
+    with pytest.raises(TuningError, match=says) as caught:
+        resume_adapter(backbone, version, AdapterSpec(), asked=())
+    assert version.reference in str(caught.value)
+
+
+def test_a_stored_buffer_is_attached_and_not_continued(
+    registry: Registry, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    backbone = backbone_of(bases["llama"], tmp_path / "cache", 32, AdapterSpec(method="norms"))
+    backbone.model.register_buffer("calibration", torch.ones(2))
+    payload = save_tensors(tmp_path / "payload", {"calibration": torch.full((2,), 3.0)})
+    fields = {"kind": "tensors", "base": base_fields(backbone), "adapter": {}}
+    version = registry.publish("odd", payload, Draft.model_validate(fields), base=backbone.identity.record)
+    assert attach(backbone, version).model.calibration.tolist() == [3, 3]
+    with pytest.raises(TuningError, match="calibration is a buffer of the base"):
+        resume_adapter(backbone, version, AdapterSpec(), asked=())

@@ -14,6 +14,9 @@ from partial_lab import write_bases
 from tiny_families import write_family
 
 from peftkit.backbone.contain import base_tensors
+from peftkit.backbone.load import load_backbone
+from peftkit.backbone.spec import QuantSpec
+from peftkit.base.ref import BaseSpec
 from peftkit.data.chat import IGNORED, Example
 from peftkit.errors import TrainingError, TuningError
 from peftkit.events import Warned
@@ -112,6 +115,14 @@ def disturbed(tuned: Tuned, size: float = 0.1) -> Tuned:
     return tuned
 
 
+def assert_same(found: torch.Tensor, expected: torch.Tensor, method: str) -> None:
+    """Bitwise; AdaLoRA's file leaves out the ranks that were pruned, and a product over fewer rounds otherwise."""
+    if method == "adalora":
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(found, expected)
+
+
 @pytest.fixture
 def publish_tuned(registry: Any, tmp_path: Path) -> Callable[..., Any]:
     from peftkit.recipe.fields import base_fields
@@ -167,14 +178,31 @@ def test_from_the_beginning_to_the_registry_and_back(
     assert config["peft_type"] == peft_type(method)
     fresh = load(bits=bits)
     host = attach(fresh, version)
-    assert torch.equal(logits(host.model), logits(tuned.model))
+    assert_same(logits(host.model), logits(tuned.model), method)
     after = base_tensors(fresh.model)
     assert len(after) == len(tensors)
     assert all(torch.equal(tensor, after[name]) for name, tensor in tensors.items())
 
     continued = resume_adapter(load(bits=bits), version, AdapterSpec(method=method, **SETTINGS[method]))
-    assert torch.equal(logits(continued.model), logits(tuned.model))
+    assert_same(logits(continued.model), logits(tuned.model), method)
     assert continued.spec.record() == tuned.spec.record()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "dora", "vera"])
+def test_over_16_bits_the_numbers_stay_as_they_were_trained(
+    load: Callable[..., Any], publish_tuned: Callable[..., Any], method: str, dtype: str
+) -> None:
+    """PEFT rounds what it loads into a model on the meta device to the base's dtype."""
+    tuned = [disturbed(inject(load(bits=16, dtype=dtype), spec_of(method, seed=seed))) for seed in (0, 1)]
+    first, second = (publish_tuned(each, name) for each, name in zip(tuned, ("first", "second"), strict=True))
+    host = attach(load(bits=16, dtype=dtype), first)
+    assert torch.equal(logits(host.model), logits(tuned[0].model))
+    spare = host.model.base_model if method in ("lora", "pissa") else None  # others are built anew
+    host.detach("first")
+    host.activate(host.attach(second))
+    assert torch.equal(logits(host.model), logits(tuned[1].model))
+    assert spare in (None, host.model.base_model)
 
 
 MERGED = {name: {} for name in NAMES if name not in ("loftq", "prompt_tuning", "prefix_tuning")}
@@ -269,6 +297,15 @@ def test_gradients_are_the_full_ones_seen_through_the_factors(load: Callable[...
             torch.testing.assert_close(b.grad, wanted_b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [4, 16, 32])
+def test_what_adalora_divides_by_is_not_trained(bases: dict[str, Path], bits: int, tmp_path: Path) -> None:
+    """Over layers that compute in 16 bits too, where PEFT makes a trained parameter of the rank that is left."""
+    quant = QuantSpec.model_validate({"bits": bits, "compute_dtype": "float32" if bits == 32 else "bfloat16"})
+    tuned = inject(load_backbone(BaseSpec(source=str(bases["llama"])), quant, tmp_path / "cache"), spec_of("adalora"))
+    assert tuned.trainable_parameters == COUNTS["adalora"]
+    assert not any("ranknum" in name for name in tuned.names)
+
+
 def test_dora_keeps_every_row_at_its_magnitude(load: Callable[..., Any]) -> None:
     tuned = disturbed(inject(load(bits=32), spec_of("dora")))
     found = 0
@@ -325,6 +362,63 @@ def test_ia3_over_an_unknown_base_says_what_to_set(
     assert "adapter.feedforward_modules" in str(caught.value)
     given = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     assert inject(backbone, AdapterSpec(method="ia3", **given)).trainable_parameters == COUNTS["ia3"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear", "feedforward_modules": ["down_proj"]},
+        {"target_modules": "all-linear", "feedforward_modules": ["mlp.down_proj"], "layers": "top:1"},
+    ],
+)
+def test_ia3_is_attached_however_its_layers_were_named(
+    load: Callable[..., Any], publish_tuned: Callable[..., Any], settings: dict[str, Any]
+) -> None:
+    tuned = disturbed(inject(load(bits=32), spec_of("ia3", **settings)))
+    layers = {name: layer for name, layer in tuned.model.named_modules() if hasattr(layer, "is_feedforward")}
+    assert {name for name in layers if layers[name].is_feedforward} == {n for n in layers if n.endswith("down_proj")}
+    version = publish_tuned(tuned)
+    assert torch.equal(logits(attach(load(bits=32), version).model), logits(tuned.model))
+    again = resume_adapter(load(bits=32), version, tuned.spec)
+    assert torch.equal(logits(again.model), logits(tuned.model))
+
+
+@pytest.mark.parametrize(
+    ("targets", "inputs", "mended"),
+    [
+        (["k_proj"], ["down_proj"], r"adapter.target_modules=\[k_proj,down_proj\]"),
+        ("all-linear", ["w2"], "adapter.feedforward_modules, from: .*down_proj"),
+    ],
+)
+def test_ia3_refuses_feedforward_layers_that_it_does_not_adapt(
+    load: Callable[..., Any], targets: Any, inputs: list[str], mended: str
+) -> None:
+    backbone = load(bits=32)
+    with pytest.raises(TuningError, match=mended):
+        inject(backbone, spec_of("ia3", target_modules=targets, feedforward_modules=inputs))
+    assert inject(backbone, spec_of("lora")).names, "nothing was left behind"
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_over_layers_of_gpt2_a_method_works_or_says_which_does(
+    load: Callable[..., Any], bases: dict[str, Path], method: str
+) -> None:
+    backbone = load(bases["gpt2"], bits=8 if method == "loftq" else 32)
+    if method not in ("loha", "lokr", "oft"):
+        assert inject(backbone, spec_of(method), rows=examples()).names
+        return
+    with pytest.raises(TuningError, match=r"knows no layers of type Conv1D.*transformer\.h\.0\.attn\.c_attn") as caught:
+        inject(backbone, spec_of(method))
+    assert "all-linear" not in str(caught.value)
+    assert "adapter.method=lora" in str(caught.value)
+
+
+def test_specs_share_no_list() -> None:
+    for method in ("lora", "ia3"):
+        for name, value in spec_of(method).model_dump().items():
+            if isinstance(value, list):
+                getattr(spec_of(method), name).append("x")
+                assert getattr(spec_of(method), name) == value
 
 
 def test_vera_draws_its_projections_from_the_seed(load: Callable[..., Any]) -> None:

@@ -48,10 +48,13 @@ class Finding:
         return f"{FEATURES[self.feature]}{at}: {self.cell.outcome}: {self.engine} {self.cell.fact} ({self.cell.source})"
 
 
-def features_of(deltas: Deltas, config: Mapping[str, Any], *, quantized: bool = False) -> Features:
-    """What an adapter has: `config` is its adapter_config.json, `quantized` whether its base was held in few bits.
+def features_of(
+    deltas: Deltas, config: Mapping[str, Any], *, quantized: bool = False, repaired: bool = False
+) -> Features:
+    """What an adapter has: `config` is its adapter_config.json.
 
-    The tensors decide; a setting is counted only where they cannot show it.
+    `quantized` says whether its base was held in few bits, `repaired` whether it begins with the error of that. The
+    tensors decide; a setting is counted only where they cannot show it.
     """
     found: dict[str, list[str]] = {}
     for tensor, delta in deltas.changes.items():
@@ -71,7 +74,11 @@ def features_of(deltas: Deltas, config: Mapping[str, Any], *, quantized: bool = 
             found[feature] = []
     if config.get("trainable_token_indices"):
         found["token_rows"] = []
-    if quantized:
+    if "tensors" in found and not any(_is_matrix(deltas, tensor) for tensor in found["tensors"]):
+        found["vectors"] = found.pop("tensors")
+    if repaired:
+        found["repaired"] = []
+    elif quantized:
         found["quantized_base"] = []
     return Features(deltas.reference, {name: tuple(where) for name, where in found.items()}, max(ranks, default=0))
 
@@ -91,7 +98,11 @@ def refuse(engine: Engine, name: str, findings: Sequence[Finding], more: Sequenc
     blocking = [finding for finding in findings if finding.blocking]
     if not blocking:
         return
-    offers = dict.fromkeys(offer for finding in blocking if (offer := finding.cell.instead.format(name=name)))
+    repaired = [finding for finding in blocking if finding.feature == "repaired"]
+    more = () if repaired else more  # nothing but that mends it
+    offers = dict.fromkeys(
+        offer for finding in repaired or blocking if (offer := finding.cell.instead.format(name=name))
+    )
     raise DeltaError(
         f"{name} cannot be exported for {engine}:\n- " + "\n- ".join(finding.describe() for finding in blocking),
         expected=f"an adapter that {engine} reads right",
@@ -128,6 +139,12 @@ def _feature_of(delta: Any, place: Place, config: Mapping[str, Any]) -> str:
     if leaf in _EMBEDDINGS + _HEADS and leaf not in (config.get("modules_to_save") or ()):
         return "vocabulary"
     return "modules_to_save"
+
+
+def _is_matrix(deltas: Deltas, tensor: str) -> bool:
+    """Whether LoRA has a layer for a tensor that replaces the base's."""
+    place = deltas.places.get(tensor)
+    return len(deltas.changes[tensor].shape) > 1 and place is not None and place.layer != "other"
 
 
 def _kind_of_layer(place: Place, leaf: str) -> str:

@@ -41,7 +41,9 @@ FEATURES: dict[str, str] = {
     "experts": "LoRA of fused experts (target_parameters)",
     "method": "a method other than LoRA",
     "tensors": "tensors that replace the base's or are added to it (kind tensors)",
+    "vectors": "norms, biases and other tensors that no LoRA holds (kind tensors)",
     "quantized_base": "a quantized base that it was trained over",
+    "repaired": "a beginning that repairs the error of its quantized base (loftq)",
 }
 
 MERGE = "peftkit merge {name} --onto original --out FOLDER, and serve that folder as a model of its own"
@@ -52,7 +54,9 @@ AS_LORA = (
 EXTRACTED = AS_LORA.replace(" --save-as", " --drop --save-as").replace(
     "with its error", "without norms, with its error"
 )
+DEQUANTIZED = MERGE.replace("--onto original", "--onto dequantized")
 AS_IT_IS = "peftkit export {name} --to peftkit --out FOLDER: PEFT reads it as it is stored; or "
+STORED = AS_IT_IS.replace("PEFT reads it", "peftkit reads it")
 SMALLER = "--rank R cuts it to rank R by SVD and states the error; or " + MERGE
 
 
@@ -66,6 +70,7 @@ class Cell:
     instead: str = ""
 
 
+OTHER_WEIGHTS = "computes with weights of its own, which do not have the error that it repairs"
 _HELPER = "vllm/lora/peft_helper.py, _validate_features; run"
 _RUN = "run: vLLM 0.32.0 against PEFT on a tied Llama"
 _CONVERTER = "convert_lora_to_gguf.py"
@@ -98,9 +103,11 @@ def _peft() -> dict[str, Cell]:
             "refused",
             "knows no such files",
             "peftkit/registry/FORMAT.md",
-            AS_IT_IS.replace("PEFT reads it", "peftkit reads it") + EXTRACTED,
+            STORED + EXTRACTED,
         ),
+        "vectors": Cell("refused", "knows no such files", "peftkit/registry/FORMAT.md", STORED + MERGE),
         "quantized_base": Cell("ok", "loads the base as the caller asks", _PEFT),
+        "repaired": Cell("differs", "loads the base as the caller asks, and it is right over the quantized one", _PEFT),
     }
 
 
@@ -140,9 +147,11 @@ def _vllm() -> dict[str, Cell]:
             "refused", "needs r, lora_alpha, lora_A and lora_B", "vllm/lora/peft_helper.py, from_dict", AS_LORA
         ),
         "tensors": Cell("refused", "knows no such files", "vllm/lora/lora_model.py, from_local_checkpoint", EXTRACTED),
+        "vectors": Cell("refused", "knows no such files", "vllm/lora/lora_model.py, from_local_checkpoint", MERGE),
         "quantized_base": Cell(
             "differs", "serves the base at the precision it is told", "vllm serve --quantization", MERGE
         ),
+        "repaired": Cell("misread", OTHER_WEIGHTS, "vllm serve --quantization", DEQUANTIZED),
     }
 
 
@@ -159,6 +168,7 @@ def _sglang() -> dict[str, Cell]:
         "quantized_base": Cell(
             "differs", "serves the base at the precision it is told", "sglang --quantization", MERGE
         ),
+        "repaired": Cell("misread", OTHER_WEIGHTS, "sglang --quantization", DEQUANTIZED),
     }
 
 
@@ -181,7 +191,9 @@ def _gguf() -> dict[str, Cell]:
         "experts": Cell("untried", "stacks experts in its own order", _CONVERTER, MERGE),
         "method": Cell("refused", "knows lora_A and lora_B alone", f"{_CONVERTER}, get_tensors", AS_LORA),
         "tensors": Cell("refused", "knows no such files", _CONVERTER, EXTRACTED),
+        "vectors": Cell("refused", "knows no such files", _CONVERTER, MERGE),
         "quantized_base": Cell("differs", "computes with the GGUF it is told", "llama.cpp --lora", MERGE),
+        "repaired": Cell("misread", OTHER_WEIGHTS, "llama.cpp --lora", DEQUANTIZED),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from peftkit.deltas.delta import Deltas
 from peftkit.deltas.merging.settings import Onto
 from peftkit.errors import DeltaError, RegistryError
-from peftkit.events import Note, Phase, Progress, Report, silent
+from peftkit.events import Decision, Note, Phase, Progress, Report, silent
 from peftkit.registry.exchange.export import building, check_target
 from peftkit.registry.store import Registry
 from peftkit.release.export import llama_cpp
@@ -21,6 +21,7 @@ from peftkit.release.export.receipt import write_receipt
 from peftkit.release.export.source import Cut, Source, cut_to, open_source, with_cut
 from peftkit.release.export.vllm import served_names, write_serving
 from peftkit.release.recommend import needs_choice
+from peftkit.release.repaired import check_onto
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class ExportOptions:
     merged: bool = False
     """For gguf and ollama: the whole merged model instead of the adapter."""
     onto: Onto | None = None
-    """Onto which weights to merge; None is `original`, unless the adapter was trained over a quantized base."""
+    """Onto which weights to merge; None is `original`, unless the adapter was trained over a quantized base; with what
+    loftq began, None is `dequantized`."""
     force: bool = False
     """Write what keeps less than 90 % of the delta when it is merged, or loses more than 5 % to its rank, too."""
 
@@ -150,6 +152,7 @@ def _checked(
             expected="adapters of one base",
             hint="export them one base at a time",
         )
+    check_onto(registry, [source.version for source in whole], options.onto)
     cuts = [with_cut(source, options.rank, force=options.force) for source in whole]
     sources = tuple(source for source, _ in cuts)
     # Whole weights hold whatever the adapter does.
@@ -235,6 +238,9 @@ def _lora_gguf(job: Job, folder: Path, dtype: str | None) -> dict[str, Any]:
 def _merged_gguf(job: Job, folder: Path) -> dict[str, Any]:
     source, options = job.sources[0], job.options
     onto = options.onto
+    if onto is None and source.repaired:
+        onto = "dequantized"
+        job.report(Decision("merge onto", onto, "it repairs their error, which the original weights do not have"))
     if onto is None and needs_choice(source.version):
         raise DeltaError(
             f"{source.version.reference} was trained over a quantized base, and --onto is not given",

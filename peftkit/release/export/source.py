@@ -16,6 +16,7 @@ from peftkit.registry.store import Registry, Version
 from peftkit.release.base_of import base_of
 from peftkit.release.export.capabilities import Features, features_of
 from peftkit.release.recommend import needs_choice
+from peftkit.release.repaired import repairs
 from peftkit.tuning.stored import Stored, read
 
 
@@ -32,6 +33,11 @@ class Source:
     def version(self) -> Version:
         """The registered version."""
         return self.stored.version
+
+    @property
+    def repaired(self) -> bool:
+        """Whether it begins with what quantization took from its base."""
+        return "repaired" in self.features.found
 
 
 MOST_LOST = 0.05
@@ -57,8 +63,9 @@ def open_source(
     stored = read(registry.resolve(reference))
     found = base_of(stored.version, cache, base, report).located
     deltas = _deltas(stored, found.folder)
-    quantized = needs_choice(stored.version)
-    return Source(stored, found, deltas, features_of(deltas, stored.config, quantized=quantized))
+    quantized, repaired = needs_choice(stored.version), repairs(registry, [stored.version]) is not None
+    features = features_of(deltas, stored.config, quantized=quantized, repaired=repaired)
+    return Source(stored, found, deltas, features)
 
 
 def _deltas(stored: Stored, folder: Path) -> Deltas:
@@ -108,5 +115,5 @@ def with_cut(source: Source, rank: int | None, *, force: bool = False) -> tuple[
             hint="a higher --rank, or --force to write it all the same",
         )
     quantized = needs_choice(source.version)
-    features = features_of(cut.deltas, source.stored.config, quantized=quantized)
+    features = features_of(cut.deltas, source.stored.config, quantized=quantized, repaired=source.repaired)
     return replace(source, deltas=cut.deltas, features=features), cut

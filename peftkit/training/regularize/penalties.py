@@ -19,6 +19,8 @@ class Penalties:
     l2_sp: float = 0.0
     start: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """w⁰ by name, whole."""
+    spared: frozenset[str] = frozenset()
+    """Names that λ₁ and λ₂ are not for: vectors and scales, whose neutral value need not be 0."""
 
     def add_gradients(self, tensors: Mapping[str, torch.nn.Parameter]) -> None:
         """Add λ₁ · sign(w) + λ₂ · w + α · (w - w⁰) to the gradients of those tensors that are trained now.
@@ -31,9 +33,9 @@ class Penalties:
                     continue
                 if tensor.grad is None:
                     tensor.grad = torch.zeros_like(tensor)
-                if self.l1:
+                if self.l1 and name not in self.spared:
                     tensor.grad.add_(tensor.sign(), alpha=self.l1)
-                if self.l2:
+                if self.l2 and name not in self.spared:
                     tensor.grad.add_(tensor, alpha=self.l2)
                 if self.l2_sp:
                     tensor.grad.add_(tensor - part_like(self.start[name], tensor), alpha=self.l2_sp)

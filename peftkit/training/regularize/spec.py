@@ -15,9 +15,9 @@ class RegularizeSpec(Spec):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """ε of (1 - ε) · CE + ε · mean(-log p), for every answer token (arXiv 1512.00567)."""
     l1: float = Field(default=0.0, ge=0)
-    """λ of λ · Σ|w| over the trained tensors, added to the mean loss of a step."""
+    """λ of λ · Σ|w| over the trained matrices, added to the mean loss of a step; vectors and scales are left alone."""
     l2: float = Field(default=0.0, ge=0)
-    """λ of ½ · λ · Σw². Unlike weight_decay it passes through the optimizer, which AdamW would scale."""
+    """λ of ½ · λ · Σw² over the same. Unlike weight_decay it passes through the optimizer, which AdamW would scale."""
     l2_sp: float = Field(default=0.0, ge=0)
     """α of ½ · α · ‖w - w⁰‖², where w⁰ is where the run started (arXiv 1802.01483)."""
     mixout: float = Field(default=0.0, ge=0, lt=1)

@@ -7,10 +7,11 @@ the file, and their logits must be bitwise the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,11 +21,12 @@ from peftkit.errors import TrainingError
 from peftkit.events import Decision, Phase, Progress, Report, Warned
 from peftkit.generation.forward import autocast, label_logits, pad
 from peftkit.training import random_state
+from peftkit.training.memory import is_out_of_memory, release
 from peftkit.training.parallel import Team
 from peftkit.training.regularize.dropout import dropout_at, places_of_dropout
 from peftkit.training.spec import TrainSpec
-from peftkit.training.trunk.frozen import Trunk, drew, frozen_trunk, hidden
-from peftkit.training.trunk.memory import released
+from peftkit.training.trunk.frozen import Trunk, check_divisible, drew, frozen_trunk, hidden
+from peftkit.training.trunk.memory import only_in, released
 from peftkit.training.trunk.passes import Index, Pass
 from peftkit.training.trunk.states import States
 from peftkit.training.trunk.store import Shape, TrunkStore
@@ -32,6 +34,7 @@ from peftkit.training.trunk.top import top_of
 from peftkit.tuning.depth import find_blocks
 from peftkit.tuning.tuned import Tuned
 
+T = TypeVar("T")
 _COMPUTED_BY = ("torch", "transformers", "bitsandbytes", "peft")
 
 
@@ -44,7 +47,7 @@ def cached_trunk(
     The file is made, or one of an earlier run with the same key is used. Until the end the memory of what lies below
     is free, and the full model cannot be called. `dropout` is what training sets the base's to. Raises TrainingError
     where nothing below the trained tensors is frozen, where the trunk draws random numbers, where the top's logits
-    are not the full model's, or for a full disk.
+    are not the full model's, or for a full disk; OutOfMemory when a single row is too much.
     """
     with _as_trained(tuned, dropout):
         trunk, top = _prepared(tuned, passes, cache, report)
@@ -70,15 +73,42 @@ def _as_trained(tuned: Tuned, dropout: float | None) -> Iterator[None]:
 def _prepared(tuned: Tuned, passes: Sequence[Pass], cache: Path, report: Report) -> tuple[Trunk, Tuned]:
     trunk = frozen_trunk(tuned)
     first = next((one for one in passes if _has_labels(one)), passes[0])
-    form = _undrawn_output(trunk, first)
-    states = in_memory(first, hidden(form).cpu())
-    proof = Proof(tuned, [first])
-    proof.check(top_of(trunk, states, form))
-    made = _states(trunk, Index(passes), states, cache, report)
+    form, states, proof = _that_fits(first, partial(_proven, trunk), tuned.backbone.device, report)
+    spare = sum(storage.nbytes() for storage in only_in(tuned.model, top_of(trunk, states, form).model))
+    made = _states(trunk, Index(passes), states, cache, spare, report)
     top = top_of(trunk, made, form)
     proof.check(top)
-    Proof(tuned, [one for one in passes if not one.training][:1]).check(top)
+    for one in [one for one in passes if not one.training][:1]:
+        _that_fits(one, lambda fits: Proof(tuned, [fits]).check(top), tuned.backbone.device, report)
     return trunk, top
+
+
+def _proven(trunk: Trunk, one: Pass) -> tuple[Any, States, Proof]:
+    """What the trunk's last block gives for a batch, its states, and the proof that the top needs no more."""
+    form = _undrawn_output(trunk, one)
+    states = in_memory(one, hidden(form).cpu())
+    proof = Proof(trunk.tuned, [one])
+    proof.check(top_of(trunk, states, form))
+    return form, states, proof
+
+
+def _that_fits(one: Pass, action: Callable[[Pass], T], device: torch.device, report: Report) -> T:
+    """What `action` gives for a batch, or for half of its rows, as often as memory asks for that.
+
+    Raises OutOfMemory when a single row is too much.
+    """
+    while True:
+        try:
+            return action(one)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            check_divisible(one, error)
+        release(device)  # only here the failed attempt's tensors are free
+        tried, longest = len(one.rows), max(len(row.input_ids) for row in one.rows)
+        one = next((half for half in one.halves if _has_labels(half)), one.halves[0])
+        fact = f"out of memory before step 1 with {tried} rows at once, the longest of {longest:,} tokens"
+        report(Warned(f"{fact}: the cached trunk is compared with the whole model on {len(one.rows)}"))
 
 
 def check_cached(spec: TrainSpec, team: Team, epochs: float, report: Report) -> None:
@@ -100,8 +130,11 @@ def check_cached(spec: TrainSpec, team: Team, epochs: float, report: Report) -> 
         report(Warned(text, "train.trunk_cache=false, unless later runs use the same rows"))
 
 
-def _states(trunk: Trunk, index: Index, proof: States, cache: Path, report: Report) -> States:
-    """The states of all rows: mapped from the file of an earlier run with the same key, or computed."""
+def _states(trunk: Trunk, index: Index, proof: States, cache: Path, spare: int, report: Report) -> States:
+    """The states of all rows: mapped from the file of an earlier run with the same key, or computed.
+
+    Nothing is computed where the disk has no room for them and `spare` bytes more.
+    """
     store = TrunkStore(cache, report)
     shape = Shape(index.positions, proof.values.shape[1], proof.values.dtype)
     ingredients = _ingredients(trunk, index, proof)
@@ -109,7 +142,7 @@ def _states(trunk: Trunk, index: Index, proof: States, cache: Path, report: Repo
         values = store.load(ingredients, shape)
         how = "used again"
         if values is None:
-            values, how = store.write(ingredients, shape, _computed(trunk, index, report)), "made"
+            values, how = store.write(ingredients, shape, _computed(trunk, index, report), spare), "made"
     total = len(find_blocks(trunk.tuned.inner)[1])
     what = f"blocks 0 to {trunk.top - 1} of {total}, {len(index.starts):,} rows, {index.positions:,} tokens"
     report(Decision("trunk cache", f"{how}, {shape.bytes:,} bytes", f"{what}; {store.path(ingredients)}"))
@@ -166,7 +199,8 @@ def _undrawn_output(trunk: Trunk, one: Pass) -> Any:
         raise TrainingError(
             f"the frozen blocks draw random numbers while training{said}: a cache would fix one draw for ever",
             expected="a trunk that computes the same in every epoch",
-            hint="train.regularize.dropout=0, or train.trunk_cache=false",
+            hint="train.trunk_cache=false; or no dropout: remove train.regularize.dropout, or set it to 0 where the "
+            "base has its own",
         )
     return output
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from peftkit.errors import TrainingError
+from peftkit.errors import OutOfMemory, TrainingError
 from peftkit.generation.forward import autocast, pad
 from peftkit.training.memory import is_out_of_memory, release
 from peftkit.training.trunk.passes import Pass
 from peftkit.tuning.depth import find_blocks
+from peftkit.tuning.methods import METHODS
 from peftkit.tuning.tuned import Tuned
 
 _LOOKED_AT = 8
@@ -68,17 +69,30 @@ class Trunk:
         return seen[0]
 
     def states(self, one: Pass) -> list[torch.Tensor]:
-        """The states of each row of a batch, of shape (length, hidden) on the CPU; in halves if memory asks."""
+        """The states of each row of a batch, of shape (length, hidden) on the CPU; in halves if memory asks.
+
+        Raises OutOfMemory when one row at a time is still too much.
+        """
         try:
             found = hidden(self.output(one)).cpu()
             return [states[: len(row.input_ids)] for states, row in zip(found, one.rows, strict=True)]
         except (RuntimeError, MemoryError) as error:
-            if len(one.rows) == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            check_divisible(one, error)
         release(self.tuned.backbone.device)
-        half = len(one.rows) // 2
-        parts = (Pass(one.rows[:half], one.training), Pass(one.rows[half:], one.training))
-        return [states for part in parts for states in self.states(part)]
+        return [states for part in one.halves for states in self.states(part)]
+
+
+def check_divisible(one: Pass, error: BaseException) -> None:
+    """Raise OutOfMemory where a batch that did not fit is a single row."""
+    if len(one.rows) == 1:
+        raise OutOfMemory(
+            f"out of memory before step 1, with a single row of {len(one.rows[0].input_ids):,} tokens: a cached trunk "
+            "is computed and compared with the whole model in memory",
+            expected="room for one row, without gradients",
+            hint="lower data.max_length, or hold the base in fewer bits (quant.bits=4)",
+        ) from error
 
 
 def hidden(output: Any) -> torch.Tensor:
@@ -109,9 +123,16 @@ def frozen_trunk(tuned: Tuned) -> Trunk:
             f"train.trunk_cache needs frozen blocks, and what is trained reaches the first of {len(blocks)}: "
             f"{next(iter(tuned.names), 'nothing')}",
             expected="everything that is trained in the upper blocks or behind them",
-            hint="adapter.layers=top:8, or adapter.method=top_layers; or train.trunk_cache=false",
+            hint=f"{_how_to_train_less(tuned)}; or train.trunk_cache=false",
         )
     return Trunk(tuned, top)
+
+
+def _how_to_train_less(tuned: Tuned) -> str:
+    fields = METHODS[tuned.spec.method].fields
+    if "top_layers" in fields:
+        return "lower adapter.top_layers"
+    return ("adapter.layers=top:8, or " if "layers" in fields else "") + "adapter.method=top_layers"
 
 
 def _need_gradients(tuned: Tuned, blocks: tuple[torch.nn.Module, ...]) -> list[bool]:

@@ -26,6 +26,12 @@ class Pass:
     training: bool
     """Whether the model is in training mode, as it is when the uncached run shows these rows."""
 
+    @property
+    def halves(self) -> tuple[Pass, Pass]:
+        """The same rows in two batches; the first is never the smaller one."""
+        middle = (len(self.rows) + 1) // 2
+        return Pass(self.rows[:middle], self.training), Pass(self.rows[middle:], self.training)
+
 
 def training_passes(examples: Sequence[Example], plan: Schedule, micro_batch: int) -> list[Pass]:
     """The micro-batches of a run that show a row for the first time, as `training.step` splits its steps."""

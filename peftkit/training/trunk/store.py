@@ -96,16 +96,20 @@ class TrunkStore:
             return None
         return self._mapped(folder, shape)
 
-    def write(self, ingredients: Mapping[str, Any], shape: Shape, states: Iterator[torch.Tensor]) -> torch.Tensor:
+    def write(
+        self, ingredients: Mapping[str, Any], shape: Shape, states: Iterator[torch.Tensor], spare: int = 0
+    ) -> torch.Tensor:
         """Write the states of each row, of shape (length, hidden), and map them; an older cache gives way.
 
-        Raises TrainingError when the disk has no room for them, before the first is asked for where that is known.
+        Raises TrainingError when the disk has no room for them and for `spare` bytes more, the released trunk's, before
+        the first is asked for where that is known.
         """
         folder = self.path(ingredients)
         draft = folder.with_suffix(".new")
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)  # its room is needed
-        require_room(self.root, shape.bytes, "the trunk cache")
+        beside = " with the released trunk's weights beside it" if spare else ""
+        require_room(self.root, shape.bytes + spare, f"the trunk cache{beside}")
         try:
             draft.mkdir(mode=0o700)
             digest = _write_states(draft / _STATES, shape, states)

@@ -24,7 +24,8 @@ def top_of(trunk: Trunk, states: States, form: Any) -> Tuned:
     `form` is an output of the trunk's last block. The trained parameters are those of the full model.
     """
     tuned = trunk.tuned
-    model = skeleton(tuned.model)
+    # AdaLoRA writes its ranks into PEFT's config while it trains, and what is saved is the full model.
+    model = skeleton(tuned.model, shared=tuned.model.peft_config.values() if tuned.kind == "peft" else ())
     top = replace(tuned, model=model)
     path, blocks = find_blocks(top.inner)
     layers: Any = top.inner.get_submodule(path)

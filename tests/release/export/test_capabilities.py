@@ -17,7 +17,7 @@ BLOCKED = {
     ("peft", "dora"): "dora",
     ("peft", "whole"): "modules_to_save",
     ("peft", "ia3"): "method",
-    ("peft", "norms"): "tensors",
+    ("peft", "norms"): "vectors",
     ("peft", "tokens"): "token_rows",
     ("peft", "vocabulary"): "vocabulary",
     ("vllm", "tokens"): "token_rows",
@@ -29,7 +29,7 @@ BLOCKED = {
     ("vllm", "dora"): "dora",
     ("vllm", "whole"): "modules_to_save",
     ("vllm", "ia3"): "method",
-    ("vllm", "norms"): "tensors",
+    ("vllm", "norms"): "vectors",
     ("vllm", "bias"): "lora_bias",
 }
 
@@ -38,7 +38,7 @@ def test_the_table_covers_every_engine_and_feature() -> None:
     cells = [(engine, feature, cell) for engine, row in CELLS.items() for feature, cell in row.items()]
     assert set(CELLS) == set(get_args(Engine))
     assert all(set(row) == set(FEATURES) for row in CELLS.values())
-    assert len(cells) == 5 * 20
+    assert len(cells) == 5 * 22
     for engine, feature, cell in cells:
         assert cell.outcome in get_args(Outcome), (engine, feature)
         assert cell.fact, (engine, feature)
