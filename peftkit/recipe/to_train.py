@@ -33,13 +33,15 @@ def to_train(
 ) -> ToTrain:
     """Decide it; this needs no torch.
 
-    Asked for is what a user set (`sources`: dotted key → who set it), and the method that a recipe is written for.
+    Asked for is what a user set (`sources`: dotted key → who set it; empty for a resumed run, where it was agreed when
+    the run began), and the method that a recipe is written for.
     Raises TuningError for a parent that is something else, and for a method that does not go with the bits;
     TrainingError for one that does not go with the settings of training.
     """
     given = [key.removeprefix("adapter.") for key, source in sources.items() if source != "default"]
     asked = {key for key in given if key in type(adapter).model_fields}
-    asked |= {"method"} & adapter.model_fields_set
+    if sources:
+        asked |= {"method"} & adapter.model_fields_set
     trained = parent_spec(parent, adapter, asked) if parent is not None else adapter
     check_over(trained, quant.bits)
     check_method(trained, train)

@@ -27,6 +27,7 @@ from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
 from peftkit.training.trainer import StepTrainer, sft_arguments
+from peftkit.tuning.methods import METHODS
 from peftkit.tuning.tuned import Tuned
 
 Rows = Callable[..., list[Example]]
@@ -446,7 +447,7 @@ def test_what_is_reported(tuned: Make, rows: Rows, tmp_path: Path) -> None:
     trained = train(tuned(bits=4), examples, spec, tmp_path, report=said.append, log=logged.__setitem__)
     assert [(event.what, event.choice) for event in said if isinstance(event, Decision)] == [
         ("optimizer", "adamw_torch"),
-        ("learning rate", "0.0002"),
+        ("learning rate", f"{METHODS['lora'].learning_rate:g}"),
     ]
     assert [event.total for event in said if isinstance(event, Phase)] == [3]
     assert [event.done for event in said if isinstance(event, Progress)] == [1, 2, 3]
