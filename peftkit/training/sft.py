@@ -20,6 +20,7 @@ from peftkit.locations import cache_root
 from peftkit.training.bound import rows_digest
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.course import MEASURED_AT_ONCE, Course
+from peftkit.training.journal import Journal
 from peftkit.training.memory import is_out_of_memory, keep_activations, peak_bytes, reset_peak
 from peftkit.training.parallel import Team, digest, team
 from peftkit.training.rates import learning_rate
@@ -117,6 +118,11 @@ def train(
             course.take_best()
     _check_finite(tuned)
     together.agree({"trained adapter": digest(tuned.trainable)})
+    return _trained(journal, learning_rate(tuned, spec), int(together.most(peak_bytes(tuned.backbone.device))))
+
+
+def _trained(journal: Journal, rate: float, peak: int) -> Trained:
+    """What the journal says that was done."""
     assert journal.first_loss is not None  # a schedule has at least one step
     assert journal.last_loss is not None
     return Trained(
@@ -126,9 +132,9 @@ def train(
         seconds=journal.seconds,
         first_loss=journal.first_loss,
         last_loss=journal.last_loss,
-        peak_bytes=int(together.most(peak_bytes(tuned.backbone.device))),
+        peak_bytes=peak,
         best_step=journal.best_step,
-        learning_rate=learning_rate(tuned, spec),
+        learning_rate=rate,
     )
 
 
