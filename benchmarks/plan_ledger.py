@@ -37,8 +37,8 @@ from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec
 from peftkit.data.chat import IGNORED, Example
 from peftkit.environment import environment
-from peftkit.generation.engine import generate
 from peftkit.generation.forward import row_nll
+from peftkit.generation.generate import generate
 from peftkit.planning.architecture import architecture
 from peftkit.planning.evaluation import generating, measuring
 from peftkit.planning.memory import plan_memory

@@ -16,21 +16,27 @@ _PUBLIC = {
     "BaseSpec": "peftkit.base.ref",
     "DataSpec": "peftkit.data.audit",
     "EvaluateSpec": "peftkit.evaluation.spec",
+    "Fleet": "peftkit.generation.fleet.fleet",
     "How": "peftkit.deltas.combining.methods",
     "LayerwiseSpec": "peftkit.training.layerwise",
+    "Limits": "peftkit.generation.engine",
     "MEMORY_PRESETS": "peftkit.training.spec",
     "Order": "peftkit.release.merge",
     "PeftkitError": "peftkit.errors",
     "QuantSpec": "peftkit.backbone.spec",
     "RegularizeSpec": "peftkit.training.regularize.spec",
     "Registry": "peftkit.registry.store",
+    "Request": "peftkit.generation.requests",
     "Run": "peftkit.recipe",
+    "Sampling": "peftkit.generation.requests",
     "Spec": "peftkit.config",
     "TrainSpec": "peftkit.training.spec",
     "UnfreezeSpec": "peftkit.training.layerwise",
     "attach": "peftkit.tuning.attach",
     "combine_adapters": "peftkit.release.combine",
+    "engine_over": "peftkit.generation.opening",
     "export_for": "peftkit.release.export.entry",
+    "generate_file": "peftkit.generation.bulk.bulk",
     "inject": "peftkit.tuning.inject",
     "load_backbone": "peftkit.backbone.load",
     "merge_adapters": "peftkit.release.merge",
@@ -49,6 +55,11 @@ if TYPE_CHECKING:
     from peftkit.deltas.combining.methods import How
     from peftkit.errors import PeftkitError
     from peftkit.evaluation.spec import EvaluateSpec
+    from peftkit.generation.bulk.bulk import generate_file
+    from peftkit.generation.engine import Limits
+    from peftkit.generation.fleet.fleet import Fleet
+    from peftkit.generation.opening import engine_over
+    from peftkit.generation.requests import Request, Sampling
     from peftkit.recipe import Run
     from peftkit.registry.store import Registry
     from peftkit.release.combine import combine_adapters

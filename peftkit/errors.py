@@ -83,6 +83,14 @@ class OutOfMemory(TrainingError):
     """The device has no memory left for a step or an evaluation."""
 
 
+class GenerationError(PeftkitError):
+    """An answer cannot be generated."""
+
+
+class EngineBusy(GenerationError):
+    """No more requests are taken now."""
+
+
 class RegistryError(PeftkitError):
     """The adapter store cannot do what was asked."""
 

@@ -114,7 +114,7 @@ def main(given: dict[str, Any]) -> None:
         device = backbone.device
         seen["nll"] = row_nll(tuned.model, rows([6, 10], seed=1), pad_id=2, device=device)
         if given.get("generate"):
-            from peftkit.generation.engine import generate
+            from peftkit.generation.generate import generate
 
             prompts = [[5] * 20 + [9], [5] * 20 + [9, 10]]
             answers = generate(tuned.model, prompts, backbone.tokenizer, device=device, max_new_tokens=4)

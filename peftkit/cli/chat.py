@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
 from peftkit import locations
-from peftkit.cli.console import Reporter, show
+from peftkit.cli.asking import MaxNewTokens, Seed, System, Temperature, TopK, TopP, asked
+from peftkit.cli.console import Reporter, console, harmless, show
 from peftkit.cli.options import AsJson, Base, Bits, OtherBase, RegistryRoot, open_registry
-from peftkit.errors import PeftkitError
+from peftkit.errors import PeftkitError, TuningError
+from peftkit.generation.requests import Request
 from peftkit.registry.store import Version
 
-_HELP = "/base, /NAME to swap; /new to forget; /quit"
+_HELP = "/base, /NAME to swap; /new to forget; /quit; Ctrl-C stops an answer"
 
 
 def chat(
     names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Adapters to talk to; the first one begins.")],
     prompt: Annotated[str | None, typer.Option("--prompt", help="Ask this, print the answer, and end.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System turn.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", min=0)] = 0.0,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
     base: Base = None,
     bits: Bits = None,
     other_base: OtherBase = False,
@@ -31,29 +39,29 @@ def chat(
 
     Example: peftkit chat tickets --prompt "My lamp arrived broken, order A-48213."
     """
+    like = asked(max_new_tokens, temperature, top_p, top_k, seed)
     store = open_registry(registry)
     versions = [store.resolve(name) for name in names]
-    from peftkit.generation.engine import Sampling
-    from peftkit.tuning.attach import open_adapters
+    from peftkit.generation.opening import find_base, open_engine
 
+    cache = locations.cache_root().path
     with Reporter(as_json=as_json, warnings_only=prompt is not None) as report:
-        host = open_adapters(
-            versions, locations.cache_root().path, base=base, bits=bits, other_base=other_base, report=report
-        )
-    session = _Session(host, versions, system, max_new_tokens, Sampling(temperature=temperature))
+        found = find_base(versions, cache, base=base, bits=bits, report=report)
+        opened = open_engine(found, versions, cache, other_base=other_base, report=report)
+    session = _Session(opened, versions, system, like)
     if prompt is not None:
-        answer = session.ask(prompt)
-        value = {"adapter": versions[0].reference, "answer": answer, "receipts": list(host.receipts)}
-        show(value, as_json=as_json, text=answer)
+        answer = "".join(session.ask(prompt))
+        receipts = list(opened.fleet.receipts)
+        show({"adapter": versions[0].reference, "answer": answer, "receipts": receipts}, as_json=as_json, text=answer)
         return
     _talk(session)
 
 
 def _talk(session: _Session) -> None:
-    show(None, as_json=False, text=f"talking to {session.host.active}; {_HELP}")
+    show(None, as_json=False, text=f"talking to {session.active}; {_HELP}")
     while True:
         try:
-            line = input(f"{session.host.active or 'base'}> ").strip()
+            line = input(f"{session.active}> ").strip()
         except EOFError:
             return
         try:
@@ -64,35 +72,72 @@ def _talk(session: _Session) -> None:
             elif line.startswith("/"):
                 session.swap(line[1:])
             elif line:
-                show(None, as_json=False, text=session.ask(line))
+                _show_answer(session.ask(line))
         except PeftkitError as error:
             show(None, as_json=False, text=f"! {error}")
+
+
+def _show_answer(pieces: Iterator[str]) -> None:
+    """Print an answer as it comes where somebody watches it come, and whole elsewhere."""
+    terminal = console()
+    if not terminal.is_terminal:
+        show(None, as_json=False, text="".join(pieces))
+        return
+    try:
+        for piece in pieces:
+            terminal.print(harmless(piece), markup=False, end="")
+    finally:
+        terminal.print()
 
 
 class _Session:
     """One conversation; the turns stay when the adapter is swapped."""
 
-    def __init__(
-        self, host: Any, versions: list[Version], system: str | None, max_new_tokens: int, sampling: Any
-    ) -> None:
-        self.host, self.versions = host, versions
-        self.system, self.max_new_tokens, self.sampling = system, max_new_tokens, sampling
+    def __init__(self, opened: Any, versions: list[Version], system: str | None, like: Request) -> None:
+        from peftkit.tuning.attach import names_for
+
+        self.opened, self.system, self.like = opened, system, like
+        self.versions: dict[str, Version | None] = {
+            **dict(zip(names_for(versions), versions, strict=True)),
+            "base": None,
+        }
+        self.active = next(iter(self.versions))
         self.turns: list[dict[str, str]] = []
 
     def swap(self, name: str) -> None:
-        self.host.activate(None if name == "base" else name)
+        if name not in self.versions:
+            known = ", ".join(self.versions)
+            raise TuningError(f"no adapter named {name!r} is part of this chat", expected=f"one of: {known}")
+        self.active = name
 
-    def ask(self, text: str) -> str:
-        from peftkit.generation.answer import answer
+    def ask(self, text: str) -> Iterator[str]:
+        """The answer as it comes; one that was stopped stays in the conversation as far as it came."""
+        from peftkit.generation.answer import answered, ask
 
         system = [{"role": "system", "content": self.system}] if self.system else []
         turns = [*self.turns, {"role": "user", "content": text}]
-        replied = answer(
-            self.host,
-            self.versions[0],
-            [*system, *turns],
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-        )
-        self.turns = [*turns, {"role": "assistant", "content": replied}]
-        return replied
+        ticket = ask(self.opened, self.versions[self.active], [*system, *turns], self.like)
+        with _stopping(ticket):
+            yield from self.opened.engine.stream(ticket)
+        said = answered(ticket).text
+        if said or not ticket.cancelled:
+            self.turns = [*turns, {"role": "assistant", "content": said}]
+
+
+@contextmanager
+def _stopping(ticket: Any) -> Iterator[None]:
+    """Let Ctrl-C end this answer between two tokens; a second one before it has ended interrupts as ever."""
+
+    def stop(number: int, frame: Any) -> None:
+        ticket.cancel()
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, stop)
+    except ValueError:  # outside the main thread signals are not ours to set
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

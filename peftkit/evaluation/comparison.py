@@ -15,7 +15,7 @@ from peftkit.evaluation.metrics import Score, by_group, summarise
 from peftkit.evaluation.preflight import check_column
 from peftkit.evaluation.retention import RetentionText
 from peftkit.evaluation.spec import EvaluateSpec
-from peftkit.generation.engine import Completion
+from peftkit.generation.requests import Completion
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,12 @@ from peftkit.evaluation.preflight import read_instructions
 from peftkit.evaluation.retention import load_text
 from peftkit.evaluation.spec import EvaluateSpec
 from peftkit.events import Note, Phase, Progress, Report, silent
-from peftkit.generation.engine import generate
 from peftkit.generation.forward import autocast, row_nll
+from peftkit.generation.generate import generate
+
+ANSWERS_PER_ROW = 3
+"""Answers that are generated at once, for each row that is measured at once: they hold keys and values only, and a step
+of 48 answers takes little more than one of 16 (docs/decisions/0016)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def measure(
             tokenizer,
             device=device,
             max_new_tokens=spec.max_new_tokens,
-            batch_size=spec.batch_size,
+            batch_size=ANSWERS_PER_ROW * spec.batch_size,
             progress=lambda done: report(Progress(done, {})),
         )
     rows = held.rows[: len(answers)]

@@ -19,7 +19,7 @@ class EvaluateSpec(Spec):
     max_new_tokens: int = Field(default=128, gt=0)
     """Longest answer."""
     batch_size: int = Field(default=16, gt=0)
-    """Rows evaluated at once."""
+    """Rows measured at once; three times as many are answered at once, since an answer holds keys and values only."""
     instructions: str | None = None
     """Text, or a file with text, that the base gets in addition: without training it cannot know the task."""
     shots: int = Field(default=0, ge=0)

@@ -1,41 +1,59 @@
-"""The next turn of a conversation, by whatever is active on a host of adapters."""
+"""Ask an opened engine something in turns, and put its answers into words for programs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from peftkit.data.audit import recorded_rendering
+from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.chat import chat_prompt
-from peftkit.generation.engine import Sampling, generate
-from peftkit.generation.forward import autocast
-from peftkit.registry.manifest import Version
-from peftkit.tuning.attach import Attached
+from peftkit.generation.opening import Opened
+from peftkit.generation.requests import Completion, Logprob, Request
+from peftkit.generation.running import Ticket
+from peftkit.registry.store import Version
+
+ASKED = Request(prompt=())
+"""What is asked for where nothing else is said."""
 
 
-def answer(
-    host: Attached,
-    rendered_as: Version,
-    turns: Sequence[Mapping[str, Any]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-) -> str:
-    """Answer `turns` with the active adapter, or with the base when none is active.
+def ask(opened: Opened, version: Version | None, turns: Sequence[Mapping[str, Any]], like: Request = ASKED) -> Ticket:
+    """Queue the next turn of a conversation, to be answered by a version; None is the base.
 
-    The turns are rendered as the active adapter's training rendered its rows; for the base, as `rendered_as` did.
+    The turns are rendered as its training rendered them. `like` says what else is asked for. Raises DataError for turns
+    that cannot be rendered, and what `Engine.submit` raises.
     """
-    active = host.versions.get(host.active or "", rendered_as)
-    rendering = recorded_rendering(active.manifest.recipe.config if active.manifest.recipe else {})
-    backbone = host.backbone
-    ids = chat_prompt([dict(turn) for turn in turns], backbone.tokenizer, rendering)
-    with autocast(backbone.device, backbone.placement.compute_dtype):
-        completions = generate(
-            host.model,
-            [ids],
-            backbone.tokenizer,
-            device=backbone.device,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-        )
-    return completions[0].text
+    ids = chat_prompt([dict(turn) for turn in turns], opened.backbone.tokenizer, opened.rendering(version))
+    return opened.engine.submit(replace(like, prompt=tuple(ids), adapter=version.reference if version else None))
+
+
+def answered(ticket: Ticket) -> Completion:
+    """The completion of a ticket that is done. Raises what went wrong with it."""
+    if ticket.error is not None:
+        raise ticket.error
+    assert ticket.completion is not None
+    return ticket.completion
+
+
+def record(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A completion as JSON: who answered (None is the base), what, why it ended there, in how many tokens."""
+    fields: dict[str, Any] = {
+        "adapter": completion.adapter,
+        "answer": completion.text,
+        "finish": completion.finish,
+        "tokens": len(completion.ids),
+    }
+    if completion.error is not None:
+        fields["error"] = completion.error
+    if completion.logprobs:
+        fields["logprobs"] = [_logprob(each, tokenizer) for each in completion.logprobs]
+    return fields
+
+
+def _logprob(given: Logprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    top = [_token(token, value, tokenizer) for token, value in given.top]
+    return {**_token(given.token, given.value, tokenizer), **({"top": top} if top else {})}
+
+
+def _token(token: int, value: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"id": token, "token": tokenizer.decode([token], skip_special_tokens=False), "logprob": value}

@@ -1,138 +1,296 @@
-"""Generation for evaluation, chat and checks: greedy or sampled, in batches, with a shared prompt prefix read once."""
+"""Continuous batching: requests of any adapters join and leave between steps, and every step serves all of them.
+
+One thread drives the engine (`step`, `run`, `stream`); requests may be submitted and cancelled from any thread. Why it
+is a loop of its own over the model's forward, and not transformers' continuous batching: docs/decisions/0016.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
-from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer
 
 from peftkit.base.tokenizer import Tokenizer
-
-# A prefix shorter than this costs more in bookkeeping than reading it again for every row.
-_WORTH_SHARING = 16
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A generated answer."""
-
-    text: str
-    """Without the end-of-turn token."""
-    ids: list[int]
-    stopped: bool
-    """Whether the model ended the answer by itself, before max_new_tokens."""
+from peftkit.errors import EngineBusy, GenerationError
+from peftkit.generation.check import check
+from peftkit.generation.choose import UNDECIDED, choose_all
+from peftkit.generation.constrain import Grammar
+from peftkit.generation.forward import autocast
+from peftkit.generation.lanes import Lane, Scored, lane_for
+from peftkit.generation.prefixes import WORTH_SHARING, Prefixes, common
+from peftkit.generation.requests import Completion, Finish, Request
+from peftkit.generation.rows import bytes_per_token
+from peftkit.generation.running import Row, Ticket
+from peftkit.generation.seats import Adapters, Computes, Seat
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; temperature 0 is greedy."""
+class Limits:
+    """What an engine may take."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-def generate(
-    model: Any,
-    prompts: Sequence[list[int]],
-    tokenizer: Tokenizer,
-    *,
-    device: torch.device,
-    max_new_tokens: int = 128,
-    batch_size: int = 16,
-    sampling: Sampling | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[Completion]:
-    """Answer every prompt (token ids), in the order given.
-
-    Prompts of similar length share a batch, padded on the left; tokens that begin all prompts of a batch go through
-    the model once. Greedy answers are those of one prompt alone, up to float rounding of batched products.
-    """
-    chosen = sampling or Sampling()
-    answers: list[Completion | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    done = 0
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(chosen.seed)
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            ids = _generate_batch(model, [prompts[i] for i in indices], tokenizer, device, max_new_tokens, chosen)
-            for index, row in zip(indices, ids, strict=True):
-                answers[index] = _completion(row, tokenizer)
-            done += len(indices)
-            progress(done)
-    return [answer for answer in answers if answer is not None]
+    rows: int = 16
+    """Requests that are answered at once."""
+    waiting: int | None = None
+    """Requests that may wait for a row; None is any number."""
+    prompt_tokens: int = 2048
+    """Tokens of prompts read in one pass, so that a long prompt does not hold up the answers on their way."""
+    cache_bytes: int | None = None
+    """Memory for the keys and values of running rows; None is whatever the rows need."""
+    prefix_bytes: int = 64 << 20
+    """Memory for the keys and values of prompts that were read, for prompts that begin alike."""
 
 
-def _generate_batch(
-    model: Any,
-    prompts: list[list[int]],
-    tokenizer: Tokenizer,
-    device: torch.device,
-    max_new_tokens: int,
-    sampling: Sampling,
-) -> list[list[int]]:
-    shared = _shared_prefix(prompts) if _can_share(model) else 0
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), tokenizer.pad_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), longest), dtype=torch.long)
-    for i, prompt in enumerate(prompts):
-        # The shared prefix stays on the left and padding comes after it, so that its cache fits every row.
-        rest = len(prompt) - shared
-        ids[i, :shared], mask[i, :shared] = torch.tensor(prompt[:shared], dtype=torch.long), 1
-        ids[i, longest - rest :], mask[i, longest - rest :] = torch.tensor(prompt[shared:], dtype=torch.long), 1
-    ids, mask = ids.to(device), mask.to(device)
-    options: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    with torch.inference_mode():
-        if shared:
-            options["past_key_values"] = _prefix_cache(model, ids[:1, :shared], len(prompts))
-        out = model.generate(**options, generation_config=_generation_config(tokenizer, max_new_tokens, sampling))
-    return [row.tolist() for row in out[:, longest:].cpu()]
+class Engine:
+    """Answers requests over whatever adapters `adapters` gives seats to."""
 
+    def __init__(
+        self,
+        adapters: Adapters,
+        tokenizer: Tokenizer,
+        *,
+        device: torch.device,
+        vocabulary: int,
+        compute_dtype: torch.dtype = torch.float32,
+        positions: int | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """`vocabulary` is the number of logits, `positions` the most tokens that a row may have."""
+        self.limits = limits or Limits()
+        self.passes = 0
+        """Forward passes so far."""
+        self._adapters, self._tokenizer, self._device = adapters, tokenizer, device
+        self._vocabulary, self._positions, self._compute_dtype = vocabulary, positions, compute_dtype
+        self._prefixes = Prefixes(self.limits.prefix_bytes)
+        self._lanes: dict[int, tuple[Computes, Lane]] = {}
+        self._waiting: deque[Ticket] = deque()
+        self._lock = threading.Lock()
+        self._token_bytes: int | None = None
+        self._closed = False
 
-def _can_share(model: Any) -> bool:
-    """Whether a prefix can be read once for all rows: the cache keeps all its tokens, and nothing stands before it.
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request. What its adapter's name means is settled now.
 
-    In a sliding window, padding would push a shared prefix out; prompt tuning puts virtual tokens before every prompt.
-    """
-    if getattr(model, "begins_with_virtual_tokens", False):
+        Raises ConfigError or GenerationError for a request that cannot be answered, EngineBusy when the queue is full
+        or closed, and what the adapters raise for a name.
+        """
+        check(request, self._vocabulary, self._positions)
+        schema = request.json_schema
+        grammar = Grammar.of(schema, self._tokenizer) if schema is not None else None
+        ticket = Ticket(request, self._adapters.identify(request.adapter), grammar)
+        with self._lock:
+            if self._closed:
+                raise EngineBusy("the engine takes no more requests", expected="a request before it was closed")
+            if self.limits.waiting is not None and len(self._waiting) >= self.limits.waiting:
+                raise EngineBusy(
+                    f"{len(self._waiting)} requests are waiting",
+                    expected=f"fewer than {self.limits.waiting}",
+                    hint="try again when some have been answered",
+                )
+            self._waiting.append(ticket)
+        return ticket
+
+    def step(self) -> bool:
+        """Let requests join, run at most two passes for each model, let answers leave; whether anything is left to do.
+
+        What goes wrong with one model ends the answers that it was computing, with the error, and no others.
+        """
+        with torch.inference_mode(), autocast(self._device, self._compute_dtype):
+            self._drop_cancelled()
+            self._admit()
+            for _, lane in list(self._lanes.values()):
+                before = lane.passes
+                self._advance(lane)
+                self.passes += lane.passes - before
+        self._lanes = {key: (model, lane) for key, (model, lane) in self._lanes.items() if lane.rows}
+        return bool(self._lanes or self._waiting)
+
+    def run(self) -> None:
+        """Answer everything that was submitted."""
+        while self.step():
+            pass
+
+    def stream(self, ticket: Ticket) -> Iterator[str]:
+        """The text of an answer as it comes, in a program of one thread; other requests go on beside it."""
+        while not ticket.done:
+            self.step()
+            if piece := ticket.take():
+                yield piece
+        if piece := ticket.take():
+            yield piece
+
+    def close(self) -> None:
+        """Take no more requests; those that were taken are still answered (`run`)."""
+        with self._lock:
+            self._closed = True
+
+    @property
+    def running(self) -> int:
+        """Requests that have a row."""
+        return sum(len(lane.rows) for _, lane in self._lanes.values())
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return len(self._waiting)
+
+    def _admit(self) -> None:
+        """Give rows to those who wait, first come first served, as long as there is room."""
+        later: list[Ticket] = []
+        while self.running < self.limits.rows:
+            with self._lock:
+                ticket = self._waiting.popleft() if self._waiting else None
+            if ticket is None:
+                break
+            try:
+                refused = self._seated(ticket)
+            except Exception as error:
+                self._fail_unseated(ticket, error)
+                continue
+            except BaseException:
+                self._put_back([*later, ticket])
+                raise
+            if refused is not None:
+                later.append(ticket)
+            if refused == "no room":
+                break  # nobody overtakes it, or it might wait for ever
+        self._put_back(later)
+
+    def _seated(self, ticket: Ticket) -> Literal["no room", "read later"] | None:
+        """Begin a row; or say that there is no seat or no memory, or that its beginning is just being read."""
+        seat = self._adapters.seat(ticket.identity)
+        if seat is None:
+            return "no room"
+        refused: Literal["no room", "read later"] | None = None
+        prompt = ticket.request.prompt
+        try:
+            lane = self._lane(seat)
+            begun = self._prefixes.longest(seat.digest, prompt)
+            if self._being_read(lane, seat, prompt, begun[1] if begun else 0):
+                refused = "read later"
+            elif not self._fits(lane, seat, ticket):
+                refused = "no room"
+            else:
+                room = self._positions - len(prompt) if self._positions else ticket.request.max_new_tokens
+                lane.join(Row.begin(ticket, seat, self._tokenizer, room), begun)
+        except BaseException:
+            self._adapters.release(seat)
+            raise
+        if refused is not None:
+            self._adapters.release(seat)
+        return refused
+
+    def _being_read(self, lane: Lane, seat: Seat, prompt: tuple[int, ...], known: int) -> bool:
+        """Whether a row is reading more of the beginning of this prompt than is known: it need not be read twice.
+
+        Only if it will be there to be taken: from the row, unless it ends at once, or from what is kept.
+        """
+        known = max(known, lane.begun_alike(seat.digest, prompt), WORTH_SHARING - 1)
+        reading = [row for row in lane.rows if row.seat.digest == seat.digest and row.pending and not row.generated]
+        lasting = [row for row in reading if row.limit > 1 or self._prefixes.holds(len(row.ticket.request.prompt))]
+        return any(common(row.ticket.request.prompt, prompt[:-1]) > known for row in lasting)
+
+    def _fits(self, lane: Lane, seat: Seat, ticket: Ticket) -> bool:
+        """Whether keys and values of one more row stay within the limit. Raises GenerationError if they never can."""
+        limit = self.limits.cache_bytes
+        if limit is None:
+            return True
+        if self._token_bytes is None:
+            with seat.model.seated([seat.slot], 1) as model:
+                self._token_bytes = bytes_per_token(model, self._device)
+        tokens = len(ticket.request.prompt) + ticket.request.max_new_tokens
+        tokens = min(tokens, self._positions or tokens)
+        others = sum(other.places_with(0) for _, other in self._lanes.values() if other is not lane)
+        needed = (lane.places_with(tokens) + others) * self._token_bytes
+        if needed <= limit:
+            return True
+        if not self.running:
+            raise GenerationError(
+                f"{tokens} tokens need {needed} bytes of keys and values",
+                expected=f"at most {limit}",
+                hint="ask for fewer tokens, or give the engine more memory (cache_bytes)",
+            )
         return False
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
+    def _lane(self, seat: Seat) -> Lane:
+        known = self._lanes.get(id(seat.model))
+        if known is None:
+            known = seat.model, lane_for(seat.model, self._device, self._tokenizer.pad_id, self.limits.rows)
+            self._lanes[id(seat.model)] = known
+        return known[1]
 
-def _shared_prefix(prompts: list[list[int]]) -> int:
-    """Number of leading tokens that all prompts share, at least one token short of the shortest; 0 if not worth it."""
-    limit = min(len(prompt) for prompt in prompts) - 1
-    first = prompts[0]
-    shared = next((i for i in range(limit) if any(prompt[i] != first[i] for prompt in prompts)), limit)
-    return shared if len(prompts) > 1 and shared >= _WORTH_SHARING else 0
+    def _advance(self, lane: Lane) -> None:
+        try:
+            self._take(lane, lane.decode())
+            begun = lane.read(self.limits.prompt_tokens)
+            for row in begun.rows:
+                self._remember(lane, row)
+            self._take(lane, begun)
+        except Exception as error:
+            for row in list(lane.rows):
+                self._leave(lane, row, "failed", error)
 
+    def _take(self, lane: Lane, scored: Scored) -> None:
+        """Choose the next token of every row; what goes wrong with one ends that one."""
+        if not scored.rows:
+            return
+        masks: list[torch.Tensor | None] = []
+        failed: dict[int, Exception] = {}
+        for i, row in enumerate(scored.rows):
+            try:
+                masks.append(row.constraint.mask(scored.logits.shape[1]) if row.constraint is not None else None)
+            except Exception as error:
+                masks.append(None)
+                failed[i] = error
+        tokens = choose_all(scored.logits, [row.chooser for row in scored.rows], masks)
+        for i, (row, token) in enumerate(zip(scored.rows, tokens, strict=True)):
+            try:
+                if i in failed:
+                    raise failed[i]
+                if token == UNDECIDED:
+                    raise GenerationError("the model gives no number for any next token")
+                row.accept(token, scored.logits[i])
+            except Exception as error:
+                self._leave(lane, row, "failed", error)
+            else:
+                if row.finish is not None:
+                    self._leave(lane, row, row.finish)
 
-def _prefix_cache(model: Any, prefix: torch.Tensor, rows: int) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    model(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_repeat_interleave(rows)
-    return cache
+    def _remember(self, lane: Lane, row: Row) -> None:
+        """Keep what a row has read for prompts that begin alike."""
+        tokens = tuple(row.tokens[: row.read])
+        wanted = self.limits.prefix_bytes > 0 and len(tokens) >= WORTH_SHARING and self._prefixes.holds(len(tokens))
+        if wanted and not self._prefixes.has(row.seat.digest, tokens):
+            kept = lane.copy_of(row)
+            if kept is not None:
+                self._prefixes.keep(row.seat.digest, tokens, kept)
 
+    def _leave(self, lane: Lane, row: Row, finish: Finish, error: BaseException | None = None) -> None:
+        if finish in ("stop", "length"):
+            self._remember(lane, row)  # the next turn of the conversation begins with it
+        lane.leave(row)
+        self._adapters.release(row.seat)
+        row.close(finish, error)
 
-def _generation_config(tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
-    # top_k=0 switches off transformers' default of 50, which nobody asked for.
-    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=sampling.temperature > 0,
-        eos_token_id=list(tokenizer.stop_ids),
-        pad_token_id=tokenizer.pad_id,
-        use_cache=True,
-        **(sampled if sampling.temperature > 0 else {}),
-    )
+    def _drop_cancelled(self) -> None:
+        for _, lane in self._lanes.values():
+            for row in [row for row in lane.rows if row.ticket.cancelled]:
+                self._leave(lane, row, "cancelled")
+        kept: deque[Ticket] = deque()
+        cancelled: list[Ticket] = []
+        with self._lock:
+            for ticket in self._waiting:  # asked once each: another thread may cancel it meanwhile
+                (cancelled if ticket.cancelled else kept).append(ticket)
+            self._waiting = kept
+        for ticket in cancelled:
+            ticket.close(Completion("", [], stopped=False, finish="cancelled"))
 
+    def _fail_unseated(self, ticket: Ticket, error: Exception) -> None:
+        ticket.close(Completion("", [], stopped=False, finish="failed", error=str(error)), error)
 
-def _completion(ids: list[int], tokenizer: Tokenizer) -> Completion:
-    stop = next((i for i, token in enumerate(ids) if token in tokenizer.stop_ids), None)
-    kept = ids if stop is None else ids[:stop]
-    return Completion(tokenizer.decode(kept), kept, stopped=stop is not None)
+    def _put_back(self, tickets: list[Ticket]) -> None:
+        with self._lock:
+            self._waiting.extendleft(reversed(tickets))

@@ -16,6 +16,13 @@ LOGITS_BYTES = 1 << 30
 """`generation.forward.LOGITS_BYTES`: batches whose logits would pass this are split; planning may not import it."""
 BYTES_PER_LOGIT = 10
 """16-bit logits, their float32 copy and its log-softmax: what batches are split by."""
+ANSWERS_PER_ROW = 3
+"""`evaluation.held_out.ANSWERS_PER_ROW`: answers generated at once, for each row that is measured at once."""
+PROMPT_TOKENS = 2048
+"""`generation.engine.Limits.prompt_tokens`: tokens of prompts that are read in one pass."""
+PREFIX_BYTES = 64 << 20
+"""`generation.engine.Limits.prefix_bytes`: keys and values kept for prompts that begin alike."""
+_ROUND = 64  # `generation.rows`: tokens that a row grows by
 
 
 def evaluated_rows(architecture: Architecture, setting: Setting) -> int:
@@ -35,19 +42,30 @@ def evaluation_logits(architecture: Architecture, setting: Setting) -> Part:
     return Part("evaluation logits", Range(int(whole * share), int(whole * share), whole), formula)
 
 
+def answered_rows(setting: Setting) -> int:
+    """Answers that are generated at once."""
+    return ANSWERS_PER_ROW * setting.evaluation_batch
+
+
 def kv_cache(architecture: Architecture, setting: Setting) -> Part:
-    """Keys and values of every layer for prompts and answers; sliding layers keep their window."""
-    length = setting.evaluation_longest + setting.max_new_tokens
+    """Keys and values of every layer for prompts and answers; each row has room for the longest."""
+    rows, length = answered_rows(setting), setting.evaluation_longest + setting.max_new_tokens
     per_token = f"{architecture.layers} layers × 2 × {architecture.keys} × {SIZES[setting.dtype]} B"
-    formula = f"{setting.evaluation_batch} rows × {length:,} tokens × {per_token}"
+    formula = f"{rows} rows × {_rounded(length):,} tokens × {per_token}"
     return Part("KV cache", exactly(_cached(architecture, setting, length)), formula)
 
 
 def _cached(architecture: Architecture, setting: Setting, length: int) -> int:
-    sliding = architecture.sliding_layers
-    window = min(length, architecture.window) if sliding else 0
-    tokens = (architecture.layers - sliding) * length + sliding * window
-    return setting.evaluation_batch * tokens * 2 * architecture.keys * SIZES[setting.dtype]
+    return answered_rows(setting) * _rounded(length) * _token(architecture, setting)
+
+
+def _token(architecture: Architecture, setting: Setting) -> int:
+    """Keys and values of one token."""
+    return architecture.layers * 2 * architecture.keys * SIZES[setting.dtype]
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // _ROUND) * _ROUND
 
 
 @lru_cache(maxsize=512)
@@ -74,15 +92,16 @@ def measuring(architecture: Architecture, setting: Setting) -> Range:
 
 
 def generating(architecture: Architecture, setting: Setting) -> Range:
-    """Bytes of answering one batch of prompts: reading them, or the last token with the whole cache."""
-    size, batch = SIZES[setting.dtype], setting.evaluation_batch
+    """Bytes of answering: some prompts being read beside a cache for all, or the last tokens with the whole cache."""
+    size, rows = SIZES[setting.dtype], answered_rows(setting)
     length = setting.evaluation_longest + setting.max_new_tokens
-    prompts = _cached(architecture, setting, setting.evaluation_longest) + reading(architecture, setting, batch)
-    # A cache grows by concatenation: one layer's keys are there twice; padded rows repeat keys and values per head.
-    growing = batch * length * architecture.keys * size
-    repeating = 2 * batch * length * architecture.queries * size
-    logits = batch * architecture.vocabulary * (size + FLOAT32)
-    cache = _cached(architecture, setting, length)
-    last = Range(*(cache + max(logits, each) for each in (growing, growing, growing + repeating)))
-    padded = prompts + 2 * batch * setting.evaluation_longest * architecture.queries * size
-    return Range(prompts, prompts, padded).or_more(last)
+    read = min(rows, max(1, PROMPT_TOKENS // setting.evaluation_longest))
+    prompts = _cached(architecture, setting, setting.evaluation_longest) + reading(architecture, setting, read)
+    # Keys and values are repeated for each head that shares them, while several tokens of a row are read.
+    repeated = 2 * read * setting.evaluation_longest * architecture.queries * size
+    # A layer's keys are there twice while its rows grow.
+    growing = rows * _rounded(length) * architecture.keys * size
+    logits = rows * architecture.vocabulary * (size + FLOAT32)
+    last = _cached(architecture, setting, length) + max(logits, growing)
+    kept = min(PREFIX_BYTES, rows * setting.evaluation_longest * _token(architecture, setting))
+    return Range(prompts, prompts, prompts + repeated).or_more(exactly(last)) + Range(0, kept, PREFIX_BYTES)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from peftkit.planning.architecture import Architecture
 from peftkit.planning.devices import Device
+from peftkit.planning.evaluation import answered_rows
 from peftkit.planning.factors import products
 from peftkit.planning.setting import PARTIAL, Setting
 from peftkit.planning.trained import Trained, trained
@@ -218,7 +219,7 @@ class _Case:
         if not answers:
             return 0.0
         setting, shape = self.setting, self.architecture
-        batches = math.ceil(answers / setting.evaluation_batch)
+        batches = math.ceil(answers / answered_rows(setting))
         rows = answers / batches
         prompt = self._passes(self._forward_flops(setting.evaluation_longest, rows), 1)
         before = setting.evaluation_longest + setting.max_new_tokens / 2

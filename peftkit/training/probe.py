@@ -14,8 +14,8 @@ import torch
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from peftkit.data.chat import Example
-from peftkit.generation.engine import generate
 from peftkit.generation.forward import autocast, row_nll
+from peftkit.generation.generate import generate
 from peftkit.training import random_state
 from peftkit.training.memory import checkpoint_activations, keep_activations, release
 from peftkit.training.objective import objective

@@ -101,7 +101,7 @@ def inject_stored(
 
     Raises TuningError when the tensors do not fit. `model` is changed, half-way when something is raised.
     """
-    config = _peft_config(stored, trainable=trainable)
+    config = peft_config_of(stored, trainable=trainable)
     meta = not trainable and _plain_lora(config)
     kind = PromptedModel if config.is_prompt_learning else AdaptedModel
     base = {_storage(tensor) for _, _, tensor in places(model)}
@@ -184,7 +184,7 @@ def _plain_lora(config: Any) -> bool:
     return config.peft_type == PeftType.LORA and not any(getattr(config, key) for key in extras)
 
 
-def _peft_config(stored: Stored, *, trainable: bool) -> Any:
+def peft_config_of(stored: Stored, *, trainable: bool) -> Any:
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[stored.config["peft_type"]]
     fields = {key: value for key, value in stored.config.items() if key not in _NOT_FOR_LOADING}
     # A newer PEFT writes settings that this one does not have: left alone they do nothing, set they would be ignored.

@@ -23,7 +23,7 @@ from peftkit.evaluation.held_out import COLUMNS, Comparison, Contestant, Held, M
 from peftkit.evaluation.metrics import json_fields
 from peftkit.evaluation.spec import EvaluateSpec
 from peftkit.events import silent
-from peftkit.generation.engine import Completion
+from peftkit.generation.requests import Completion
 
 SECRET = "zanzibar"
 QUICK = EvaluateSpec(max_new_tokens=4, retention_passages=3, batch_size=4)

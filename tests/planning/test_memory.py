@@ -16,7 +16,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from peftkit.backbone.quantize import quantize
 from peftkit.data.chat import IGNORED, Example
-from peftkit.generation.forward import row_nll, token_nll
+from peftkit.evaluation.held_out import ANSWERS_PER_ROW
+from peftkit.generation.engine import Limits
+from peftkit.generation.forward import LOGITS_BYTES, row_nll, token_nll
+from peftkit.generation.rows import rounded
+from peftkit.planning import evaluation as planned
 from peftkit.planning.activations import activations
 from peftkit.planning.architecture import architecture
 from peftkit.planning.backward import Backward
@@ -84,7 +88,18 @@ def test_logits_and_cache_by_hand() -> None:
     plan = plan_memory(SMOLLM2, replace(CPU, labelled=100, micro_batch=2, longest=128, gradient_checkpointing=True))
     assert plan.part("logits").bytes.expected == pytest.approx(12 * 2 * 100 * 49152, rel=0.02)
     cache = plan_memory(SMOLLM2, replace(CPU, evaluation_batch=4, evaluation_longest=96, max_new_tokens=32))
-    assert cache.part("KV cache").bytes.expected == 4 * 128 * 30 * 2 * 192 * 4
+    assert cache.part("KV cache").bytes.expected == 3 * 4 * 128 * 30 * 2 * 192 * 4
+    longer = plan_memory(SMOLLM2, replace(CPU, evaluation_batch=4, evaluation_longest=97, max_new_tokens=32))
+    assert longer.part("KV cache").bytes.expected == 3 * 4 * 192 * 30 * 2 * 192 * 4  # rows grow by 64 tokens
+
+
+def test_the_plan_knows_how_answers_are_generated() -> None:
+    """Planning may not import what generates: the figures stand there twice."""
+    assert planned.LOGITS_BYTES == LOGITS_BYTES
+    assert planned.ANSWERS_PER_ROW == ANSWERS_PER_ROW
+    assert Limits().prompt_tokens == planned.PROMPT_TOKENS
+    assert Limits().prefix_bytes == planned.PREFIX_BYTES
+    assert planned._rounded(65) == rounded(65) == 128
 
 
 def test_a_backward_pass_by_hand() -> None:

@@ -392,7 +392,7 @@ def test_checkpointing_really_recomputes(tuned: Make, rows: Rows, tmp_path: Path
 
 
 def test_after_checkpointed_training_the_model_evaluates_and_generates(tuned: Make, rows: Rows, tmp_path: Path) -> None:
-    from peftkit.generation.engine import generate
+    from peftkit.generation.generate import generate
 
     answers, likelihoods = [], []
     for checkpointing in (False, True):

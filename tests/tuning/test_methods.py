@@ -16,7 +16,7 @@ from peftkit.backbone.bnb import Linear4bit, Linear8bitLt
 from peftkit.backbone.contain import base_tensors
 from peftkit.backbone.quantize import dense_weight
 from peftkit.errors import TuningError
-from peftkit.generation.engine import generate
+from peftkit.generation.generate import generate
 from peftkit.tuning.attach import Attached
 from peftkit.tuning.attachable import ATTACHABLE, NOT_ATTACHABLE, check_config
 from peftkit.tuning.skeleton import skeleton

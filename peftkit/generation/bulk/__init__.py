@@ -1,0 +1,1 @@
+"""Every row of a file answered; answers kept as they come."""

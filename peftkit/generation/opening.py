@@ -1,0 +1,125 @@
+"""Open what answering needs, in one place: the base that adapters were trained on, a fleet of them, and an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from peftkit.backbone.load import Backbone, load_backbone
+from peftkit.backbone.locate import locate, locate_again
+from peftkit.backbone.spec import QuantSpec
+from peftkit.base.identity import identify
+from peftkit.base.ref import BaseSpec, LocatedBase
+from peftkit.data.audit import recorded_rendering
+from peftkit.data.template import Rendering
+from peftkit.errors import AdapterNotFound
+from peftkit.events import Report, silent
+from peftkit.generation.engine import Engine, Limits
+from peftkit.generation.fleet.fleet import Fleet
+from peftkit.registry.store import Version
+from peftkit.tuning.attach import quant_of
+
+_TRIED = 16  # adapters that are loaded before anything is asked: a damaged one is told at once
+
+
+@dataclass(frozen=True)
+class Found:
+    """A base on this machine, and the precision to load it in."""
+
+    spec: BaseSpec
+    located: LocatedBase
+    quant: QuantSpec
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A base in memory with an engine over it; requests name versions by their reference."""
+
+    backbone: Backbone
+    fleet: Fleet
+    engine: Engine
+    first: Version
+    """Whose rendering the base is asked with."""
+
+    def rendering(self, version: Version | None) -> Rendering:
+        """How the training of what answers rendered its rows."""
+        recipe = (version or self.first).manifest.recipe
+        return recorded_rendering(recipe.config if recipe else {})
+
+
+def find_base(
+    versions: Sequence[Version],
+    cache: Path,
+    *,
+    base: str | None = None,
+    bits: int | None = None,
+    report: Report = silent,
+) -> Found:
+    """The base that `versions` were trained on and its precision, without loading it.
+
+    `base` and `bits` override what the first version's manifest says. Raises BaseError when it cannot be found.
+    """
+    recorded = versions[0].manifest.base
+    spec = BaseSpec(source=base) if base else locate_again(recorded.source, recorded.revision, recorded.record, cache)
+    quant = quant_of(recorded.quantization or {}, bits)
+    located = locate(spec, cache, report)
+    return Found(spec, located, quant, identify(located.folder, cache).fingerprint)
+
+
+def open_engine(
+    found: Found,
+    versions: Sequence[Version],
+    cache: Path,
+    *,
+    resolve: Callable[[str], Version] | None = None,
+    other_base: bool = False,
+    limits: Limits | None = None,
+    report: Report = silent,
+) -> Opened:
+    """Load the base and put an engine over it; `resolve` says what names mean, by default the `versions` only.
+
+    Raises BaseMismatch for a version of another base (unless `other_base`), AdapterDamaged and TuningError for one that
+    cannot be used.
+    """
+    backbone = load_backbone(found.spec, found.quant, cache, report=report, located=found.located)
+    by_reference = {version.reference: version for version in versions}
+    fleet = Fleet(backbone, resolve or _among(by_reference), other_base=other_base, report=report)
+    for at, version in enumerate(versions):
+        identity = fleet.identify(version.reference)
+        if at < _TRIED and (seat := fleet.seat(identity)) is not None:
+            fleet.release(seat)
+    return Opened(backbone, fleet, engine_over(fleet, limits), versions[0])
+
+
+def engine_over(fleet: Fleet, limits: Limits | None = None) -> Engine:
+    """An engine over a fleet; without `limits`, in a quarter of the memory that is free."""
+    backbone = fleet.backbone
+    limits = limits or Limits(cache_bytes=_free(backbone.device) // 4)
+    config = backbone.model.config.get_text_config()
+    return Engine(
+        fleet,
+        backbone.tokenizer,
+        device=backbone.device,
+        vocabulary=config.vocab_size,
+        compute_dtype=backbone.placement.compute_dtype,
+        positions=getattr(config, "max_position_embeddings", None),
+        limits=limits,
+    )
+
+
+def _free(device: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available)
+
+
+def _among(versions: Mapping[str, Version]) -> Callable[[str], Version]:
+    def resolve(name: str) -> Version:
+        if name not in versions:
+            raise AdapterNotFound(f"no adapter {name!r} was opened", expected=f"one of: {', '.join(versions)}")
+        return versions[name]
+
+    return resolve
