@@ -17,9 +17,10 @@ from peftkit.evaluation.metrics import METRICS, choose
 from peftkit.evaluation.preflight import read_instructions
 from peftkit.evaluation.retention import load_text
 from peftkit.evaluation.spec import EvaluateSpec
-from peftkit.events import Note, Phase, Progress, Report, silent
+from peftkit.events import Note, Phase, Progress, Report, Warned, silent
 from peftkit.generation.forward import autocast, row_nll
 from peftkit.generation.generate import generate
+from peftkit.generation.requests import Completion
 
 ANSWERS_PER_ROW = 3
 """Answers that are generated at once, for each row that is measured at once: they hold keys and values only, and a step
@@ -70,19 +71,41 @@ def measure(
         if likelihood:
             nll = row_nll(model, held.part.examples, **options)
             retention = row_nll(model, held.text.passages, **options) if held.text else []
-        answers = generate(
-            model,
-            prompts,
-            tokenizer,
-            device=device,
-            max_new_tokens=spec.max_new_tokens,
-            batch_size=ANSWERS_PER_ROW * spec.batch_size,
-            progress=lambda done: report(Progress(done, {})),
-        )
+        answers = _answers(model, prompts, spec, backbone, report)
     rows = held.rows[: len(answers)]
     metric = METRICS[held.metric]
     scores = [metric(answer.text, reference(row), row.columns) for answer, row in zip(answers, rows, strict=True)]
     return Measured(contestant.name, nll, retention, answers, scores)
+
+
+def _answers(
+    model: Any, prompts: Sequence[list[int]], spec: EvaluateSpec, backbone: Backbone, report: Report
+) -> list[Completion]:
+    """An answer to every prompt; one that the base has no positions for counts as unanswered, and is told."""
+    positions = _positions(backbone)
+    fitting = [i for i, prompt in enumerate(prompts) if positions is None or len(prompt) < positions]
+    if len(fitting) < len(prompts):
+        count = f"{len(prompts) - len(fitting)} of {len(prompts)}"
+        fact = f"{count} prompts have as many tokens as the base has positions ({positions}): they count as unanswered"
+        report(Warned(fact, "shorten these rows, or leave them out"))
+    done = generate(
+        model,
+        [prompts[i] for i in fitting],
+        backbone.tokenizer,
+        device=backbone.device,
+        max_new_tokens=spec.max_new_tokens,
+        batch_size=ANSWERS_PER_ROW * spec.batch_size,
+        progress=lambda done: report(Progress(done, {})),
+    )
+    answers = [Completion("", [], stopped=False, finish="failed") for _ in prompts]
+    for i, answer in zip(fitting, done, strict=True):
+        answers[i] = answer
+    return answers
+
+
+def _positions(backbone: Backbone) -> int | None:
+    config = backbone.model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
 
 
 def compare(
@@ -99,7 +122,7 @@ def compare(
 ) -> Comparison:
     """Measure base and adapter on the same rows; `before` and `prompted` reuse figures of the base taken earlier."""
     rows = [row for row in held.rows[: spec.max_generated_rows] if row.text is None]
-    prompted_sets = _prompted(rows, train_rows, held.rendering, spec, backbone)
+    prompted_sets = _that_fit(_prompted(rows, train_rows, held.rendering, spec, backbone), backbone, report)
     plain: list[list[int]] | None = [] if prompted_sets else None
     before = before or measure(base, held, spec, backbone, prompts=plain, report=report)
     if prompted is None:
@@ -130,6 +153,23 @@ def _prompted(
         prompts = [prompt_for(row, tokenizer, rendering, instructions=text, shots=shots) for row in rows]
         sets.append((f"base + {len(shots)} examples", prompts))
     return sets
+
+
+def _that_fit(
+    sets: list[tuple[str, list[list[int]]]], backbone: Backbone, report: Report
+) -> list[tuple[str, list[list[int]]]]:
+    """The sets whose prompts leave the base room for an answer; the others are named and left out."""
+    positions = _positions(backbone)
+    fitting = []
+    for name, prompts in sets:
+        longest = max(len(prompt) for prompt in prompts)
+        if positions is None or longest < positions:
+            fitting.append((name, prompts))
+            continue
+        fact = f"{name} is not measured: its prompts have up to {longest} tokens"
+        hint = "lower evaluate.shots, or shorten evaluate.instructions"
+        report(Warned(f"{fact}, and the base has {positions} positions", hint))
+    return fitting
 
 
 __all__ = ["COLUMNS", "Comparison", "Contestant", "Held", "Measured", "compare", "measure", "prepare", "reference"]

@@ -94,7 +94,7 @@ class Engine:
         return ticket
 
     def step(self) -> bool:
-        """Let requests join, run at most two passes for each model, let answers leave; whether anything is left to do.
+        """Let requests join, go on with the answers of every model, let them leave; whether anything is left to do.
 
         What goes wrong with one model ends the answers that it was computing, with the error, and no others.
         """
@@ -130,7 +130,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that have a row."""
-        return sum(len(lane.rows) for _, lane in self._lanes.values())
+        return sum(len(lane.rows) for _, lane in list(self._lanes.values()))
 
     @property
     def waiting(self) -> int:
@@ -139,25 +139,25 @@ class Engine:
 
     def _admit(self) -> None:
         """Give rows to those who wait, first come first served, as long as there is room."""
-        later: list[Ticket] = []
-        while self.running < self.limits.rows:
-            with self._lock:
-                ticket = self._waiting.popleft() if self._waiting else None
-            if ticket is None:
+        with self._lock:
+            waiting = tuple(self._waiting)
+        seated = {id(row.ticket) for _, lane in self._lanes.values() for row in lane.rows}
+        for ticket in waiting:  # they count as waiting until they have a row: the queue is bounded by them
+            if id(ticket) in seated:  # an interrupt came between getting a row and leaving the queue
+                self._take_out(ticket)
+                continue
+            if self.running >= self.limits.rows:
                 break
             try:
                 refused = self._seated(ticket)
             except Exception as error:
+                self._take_out(ticket)
                 self._fail_unseated(ticket, error)
                 continue
-            except BaseException:
-                self._put_back([*later, ticket])
-                raise
-            if refused is not None:
-                later.append(ticket)
-            if refused == "no room":
+            if refused is None:
+                self._take_out(ticket)
+            elif refused == "no room":
                 break  # nobody overtakes it, or it might wait for ever
-        self._put_back(later)
 
     def _seated(self, ticket: Ticket) -> Literal["no room", "read later"] | None:
         """Begin a row; or say that there is no seat or no memory, or that its beginning is just being read."""
@@ -174,14 +174,26 @@ class Engine:
             elif not self._fits(lane, seat, ticket):
                 refused = "no room"
             else:
-                room = self._positions - len(prompt) if self._positions else ticket.request.max_new_tokens
-                lane.join(Row.begin(ticket, seat, self._tokenizer, room), begun)
+                lane.join(Row.begin(ticket, seat, self._tokenizer, self._room(lane, ticket)), begun)
         except BaseException:
             self._adapters.release(seat)
             raise
         if refused is not None:
             self._adapters.release(seat)
         return refused
+
+    def _room(self, lane: Lane, ticket: Ticket) -> int:
+        """How many tokens the base's positions leave for an answer. Raises GenerationError when none."""
+        if self._positions is None:
+            return ticket.request.max_new_tokens
+        prompt = len(ticket.request.prompt)
+        room = self._positions - lane.virtual_tokens - prompt
+        if room < 1:
+            raise GenerationError(
+                f"the prompt has {prompt} tokens, and the adapter puts {lane.virtual_tokens} before it",
+                expected=f"fewer than the base's {self._positions} positions in all",
+            )
+        return room
 
     def _being_read(self, lane: Lane, seat: Seat, prompt: tuple[int, ...], known: int) -> bool:
         """Whether a row is reading more of the beginning of this prompt than is known: it need not be read twice.
@@ -230,8 +242,10 @@ class Engine:
                 self._remember(lane, row)
             self._take(lane, begun)
         except Exception as error:
-            for row in list(lane.rows):
-                self._leave(lane, row, "failed", error)
+            for row in lane.empty():
+                if not row.ticket.done:
+                    self._adapters.release(row.seat)
+                    row.close("failed", error)
 
     def _take(self, lane: Lane, scored: Scored) -> None:
         """Choose the next token of every row; what goes wrong with one ends that one."""
@@ -264,16 +278,21 @@ class Engine:
         tokens = tuple(row.tokens[: row.read])
         wanted = self.limits.prefix_bytes > 0 and len(tokens) >= WORTH_SHARING and self._prefixes.holds(len(tokens))
         if wanted and not self._prefixes.has(row.seat.digest, tokens):
-            kept = lane.copy_of(row)
+            try:
+                kept = lane.copy_of(row)
+            except torch.OutOfMemoryError:
+                return  # nobody waits for it
             if kept is not None:
                 self._prefixes.keep(row.seat.digest, tokens, kept)
 
     def _leave(self, lane: Lane, row: Row, finish: Finish, error: BaseException | None = None) -> None:
         if finish in ("stop", "length"):
             self._remember(lane, row)  # the next turn of the conversation begins with it
-        lane.leave(row)
-        self._adapters.release(row.seat)
-        row.close(finish, error)
+        try:
+            lane.leave(row)
+        finally:
+            self._adapters.release(row.seat)
+            row.close(finish, error)
 
     def _drop_cancelled(self) -> None:
         for _, lane in self._lanes.values():
@@ -286,11 +305,12 @@ class Engine:
                 (cancelled if ticket.cancelled else kept).append(ticket)
             self._waiting = kept
         for ticket in cancelled:
-            ticket.close(Completion("", [], stopped=False, finish="cancelled"))
+            ticket.close(Completion("", [], stopped=False, finish="cancelled", adapter=ticket.reference))
 
     def _fail_unseated(self, ticket: Ticket, error: Exception) -> None:
-        ticket.close(Completion("", [], stopped=False, finish="failed", error=str(error)), error)
+        failed = Completion("", [], stopped=False, finish="failed", adapter=ticket.reference, error=str(error))
+        ticket.close(failed, error)
 
-    def _put_back(self, tickets: list[Ticket]) -> None:
+    def _take_out(self, ticket: Ticket) -> None:
         with self._lock:
-            self._waiting.extendleft(reversed(tickets))
+            self._waiting.remove(ticket)

@@ -57,8 +57,12 @@ def generate(
     _raise_failure(tickets.values())
     if done < len(prompts):
         progress(len(prompts))
-    completions = (tickets[i].completion for i in range(len(prompts)))
-    return [completion for completion in completions if completion is not None]
+    return [_completion(tickets[i]) for i in range(len(prompts))]
+
+
+def _completion(ticket: Ticket) -> Completion:
+    assert ticket.completion is not None
+    return ticket.completion
 
 
 def _raise_failure(tickets: Iterable[Ticket]) -> None:

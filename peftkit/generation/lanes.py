@@ -33,6 +33,8 @@ class Lane(Protocol):
     rows: list[Row]
     passes: int
     """Forward passes so far."""
+    virtual_tokens: int
+    """How many positions an adapter takes before the prompt."""
 
     def join(self, row: Row, begun: tuple[Kept, int] | None) -> None:
         """Take a row in; `begun` are keys and values of its first tokens, and how many."""
@@ -42,12 +44,16 @@ class Lane(Protocol):
         """Let a row go."""
         ...
 
+    def empty(self) -> list[Row]:
+        """Let all rows go, without a look at their keys and values; they are returned, each once."""
+        ...
+
     def read(self, budget: int) -> Scored:
-        """One pass over prompts that were not read, of about `budget` tokens; rows that have read theirs."""
+        """Read prompts, together about `budget` tokens or one prompt as a whole; rows that have read theirs."""
         ...
 
     def decode(self) -> Scored:
-        """One pass over the rows that are being answered."""
+        """Compute the next token of every row that is being answered."""
         ...
 
     def copy_of(self, row: Row) -> Kept | None:
@@ -75,7 +81,7 @@ class Together:
 
     def __init__(self, computes: Computes, device: torch.device, pad_id: int, most: int) -> None:
         self.rows: list[Row] = []
-        self.passes = 0
+        self.passes = self.virtual_tokens = 0
         self._computes, self._device, self._pad_id, self._most = computes, device, pad_id, most
         self._answering = 0
         with computes.seated([NO_SLOT], 1) as model:
@@ -108,6 +114,11 @@ class Together:
             self._kept.wipe(len(self.rows))
         else:
             self._kept.release()
+
+    def empty(self) -> list[Row]:
+        rows, self.rows, self._answering = list(dict.fromkeys(self.rows)), [], 0
+        self._kept.release()
+        return rows
 
     def read(self, budget: int) -> Scored:
         waiting = self._with_something_to_read(self.rows[self._answering :])
@@ -195,9 +206,11 @@ class OneByOne:
 
     def __init__(self, computes: Computes, device: torch.device) -> None:
         self.rows: list[Row] = []
-        self.passes = 0
+        self.passes = self.virtual_tokens = 0
         self._computes, self._device = computes, device
         self._caches: dict[int, Any] = {}
+        with computes.seated([NO_SLOT], 1) as model:
+            self.virtual_tokens = getattr(model, "virtual_tokens", 0)
 
     def join(self, row: Row, begun: tuple[Kept, int] | None) -> None:
         self.rows.append(row)
@@ -205,6 +218,11 @@ class OneByOne:
     def leave(self, row: Row) -> None:
         self.rows.remove(row)
         self._caches.pop(id(row), None)
+
+    def empty(self) -> list[Row]:
+        rows, self.rows = self.rows, []
+        self._caches.clear()
+        return rows
 
     def read(self, budget: int) -> Scored:
         row = next((row for row in self.rows if id(row) not in self._caches), None)
@@ -246,7 +264,10 @@ def _takes_rows(model: Any) -> bool:
     known = _parameters(model).keys()
     # An encoder that may be told to decode (RoBERTa) looks ahead, or counts its positions in a way of its own.
     encoder = hasattr(model.config, "is_decoder") and "encoder_hidden_states" in known
-    fits = {"position_ids", "past_key_values"} <= known and not encoder
+    # What counts keys from the end of the longest row (ALiBi, GPT-Neo's local layers) does so for every row.
+    config = model.config.get_text_config()
+    counted = getattr(config, "alibi", False) or "local" in getattr(config, "attention_layers", ())
+    fits = {"position_ids", "past_key_values"} <= known and not encoder and not counted
     return fits and _attention(model) in ("sdpa", "eager") and keeps_rows(model.config)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -83,12 +83,14 @@ def open_engine(
 ) -> Opened:
     """Load the base and put an engine over it; `resolve` says what names mean, by default the `versions` only.
 
+    Adapters take a quarter of the memory that is left then, keys and values (unless `limits` says) another.
     Raises BaseMismatch for a version of another base (unless `other_base`), AdapterDamaged and TuningError for one that
     cannot be used.
     """
     backbone = load_backbone(found.spec, found.quant, cache, report=report, located=found.located)
     by_reference = {version.reference: version for version in versions}
-    fleet = Fleet(backbone, resolve or _among(by_reference), other_base=other_base, report=report)
+    resolve, memory = resolve or _among(by_reference), _free(backbone.device) // 4
+    fleet = Fleet(backbone, resolve, memory=memory, other_base=other_base, report=report)
     for at, version in enumerate(versions):
         identity = fleet.identify(version.reference)
         if at < _TRIED and (seat := fleet.seat(identity)) is not None:
@@ -97,9 +99,11 @@ def open_engine(
 
 
 def engine_over(fleet: Fleet, limits: Limits | None = None) -> Engine:
-    """An engine over a fleet; without `limits`, in a quarter of the memory that is free."""
+    """An engine over a fleet; unless `limits` says, keys and values take a quarter of the memory that is free."""
     backbone = fleet.backbone
-    limits = limits or Limits(cache_bytes=_free(backbone.device) // 4)
+    limits = limits or Limits()
+    if limits.cache_bytes is None:
+        limits = replace(limits, cache_bytes=_free(backbone.device) // 4)
     config = backbone.model.config.get_text_config()
     return Engine(
         fleet,

@@ -69,7 +69,7 @@ class Prefixes:
 
     def holds(self, tokens: int) -> bool:
         """Whether there is room for so many tokens of one prompt, as far as prompts that were read tell."""
-        return tokens * self._token_bytes <= self.limit
+        return self.limit > 0 and tokens * self._token_bytes <= self.limit
 
     def has(self, digest: str, tokens: tuple[int, ...]) -> bool:
         """Whether all of `tokens` can be taken from what was read."""

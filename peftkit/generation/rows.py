@@ -27,6 +27,8 @@ class Window:
 
     first: int
     last: int
+    rows: torch.Tensor
+    """int64 of shape (rows, 1): which rows they are."""
     positions: torch.Tensor
     """int64 of shape (rows, tokens): where each given token stands in its row."""
     length: int
@@ -52,9 +54,8 @@ class RowLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         window = self.rows.window
-        where = torch.arange(window.first, window.last, device=window.positions.device)[:, None], window.positions
         for held, new in ((self.keys, key_states), (self.values, value_states)):
-            held[where[0], :, where[1]] = new.transpose(1, 2)
+            held[window.rows, :, window.positions] = new.transpose(1, 2)
         seen = slice(window.first, window.last)
         return self.keys[seen, :, : window.length], self.values[seen, :, : window.length]
 
@@ -77,7 +78,8 @@ class Rows:
     def __init__(self, config: Any, device: torch.device) -> None:
         self.device = device
         self.capacity = 0, 0
-        self.window = Window(0, 0, torch.empty(0, 0, dtype=torch.long), 0)
+        nothing = torch.empty(0, 0, dtype=torch.long)
+        self.window = Window(0, 0, nothing, nothing, 0)
         made = DynamicCache(config=config).layers
         self.windows = [getattr(layer, "sliding_window", None) for layer in made]
         self._layers = [RowLayer(self) for _ in made]
@@ -148,7 +150,8 @@ class Rows:
         positions = torch.tensor(rows, dtype=torch.long, device=self.device)
         length = max(max(row) for row in rows) + 1
         self.reserve(first + len(rows), length)
-        self.window = Window(first, first + len(rows), positions, length)
+        these = torch.arange(first, first + len(rows), device=self.device)[:, None]
+        self.window = Window(first, first + len(rows), these, positions, length)
         return self.window
 
     def mask(self, additive: torch.dtype | None) -> Any:

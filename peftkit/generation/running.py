@@ -24,6 +24,8 @@ class Ticket:
         self.request, self.grammar = request, grammar
         self.identity = identity
         """What answers: fixed when the request was submitted."""
+        self.reference: str | None = getattr(identity, "reference", None)
+        """`name@version` of what answers; None is the base."""
         self.completion: Completion | None = None
         """The answer, once it is whole."""
         self.error: BaseException | None = None
@@ -131,8 +133,10 @@ class Row:
 
     def close(self, finish: Finish, error: BaseException | None = None) -> None:
         """Hand the answer over."""
-        if finish != "stop" or not self.text.stopped:
+        try:
             self.ticket.push(self.text.finish())
+        except Exception as fault:  # a tokenizer that cannot decode what there is: whoever waits must hear of it
+            finish, error = "failed", error or fault
         self.ticket.close(
             Completion(
                 text=self.text.text,

@@ -26,6 +26,11 @@ class PromptedModel(PeftModelForCausalLM):  # type: ignore[misc]
     begins_with_virtual_tokens = True
     """A cache that was filled without this adapter's virtual tokens cannot be continued."""
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions stand before every input."""
+        return int(self.active_peft_config.num_virtual_tokens)
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

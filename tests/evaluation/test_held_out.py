@@ -22,7 +22,7 @@ from peftkit.errors import DataError
 from peftkit.evaluation.held_out import COLUMNS, Comparison, Contestant, Held, Measured, compare, prepare
 from peftkit.evaluation.metrics import json_fields
 from peftkit.evaluation.spec import EvaluateSpec
-from peftkit.events import silent
+from peftkit.events import Warned, silent
 from peftkit.generation.requests import Completion
 
 SECRET = "zanzibar"
@@ -186,6 +186,27 @@ def test_the_prompted_base_is_the_rival_and_the_plain_one_is_not_generated(backb
     assert [line[0] for line in table] == ["base", "base + instructions", "base + 2 examples", "moved"]
     assert {len(line) for line in table} == {len(COLUMNS)}
     assert set(result.figures()["other"]) >= {"base + instructions", "base + 2 examples", "score_change"}
+
+
+def test_examples_that_the_base_has_no_positions_for_are_named_and_left_out(backbone: Backbone, rows: Any) -> None:
+    spec = QUICK.model_copy(update={"instructions": "Answer yes.", "shots": 1})
+    long = rows([{"prompt": "x" * 600, "completion": "yes", "kind": "a"}]).rows
+    events: list[Any] = []
+    result = comparison(backbone, rows(records()), 0.0, spec, train_rows=long, report=events.append)
+    assert [measured.name for measured in result.prompted] == ["base + instructions"]
+    (warned,) = [event for event in events if isinstance(event, Warned)]
+    assert warned.text.startswith("base + 1 examples is not measured: its prompts have up to 6")
+    assert "the base has 512 positions" in warned.text
+
+
+def test_prompts_that_the_base_has_no_positions_for_count_as_unanswered(backbone: Backbone, rows: Any) -> None:
+    part = rows([*records(2), {"prompt": "x" * 600, "completion": "yes", "kind": "a"}], too_long="truncate")
+    events: list[Any] = []
+    result = comparison(backbone, part, 0.0, QUICK, report=events.append)
+    assert [answer.finish == "failed" for answer in result.base.answers] == [False, False, True]
+    assert result.base.scores[2].value == 0
+    told = [event.text for event in events if isinstance(event, Warned)]
+    assert told == ["1 of 3 prompts have as many tokens as the base has positions (512): they count as unanswered"] * 2
 
 
 def test_instructions_are_a_text_or_a_file_and_a_lost_file_is_no_text(

@@ -60,6 +60,10 @@ ONE_BY_ONE = {
     ),
     "bloom: no positions": lambda: tiny("BloomForCausalLM", n_layer=2, n_head=2),
     "openai-gpt: no cache": lambda: tiny("OpenAIGPTLMHeadModel", n_embd=64, n_layer=2, n_head=2, n_positions=128),
+    "gpt-neo: local layers": lambda: tiny(
+        "GPTNeoForCausalLM", num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]], window_size=8,
+    ),
+    "falcon: alibi": lambda: tiny("FalconForCausalLM", alibi=True),
     "roberta: an encoder": lambda: tiny("RobertaForCausalLM"),
     "bart: half an encoder-decoder": lambda: tiny(
         "BartForCausalLM", d_model=64, decoder_layers=2, encoder_layers=2, decoder_ffn_dim=96,

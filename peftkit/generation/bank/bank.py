@@ -7,6 +7,7 @@ own; here the factors lie stacked, and the tokens are put into groups of one wid
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
@@ -38,7 +39,7 @@ class Bank:
         together = _common_inputs(self.model, device)
         self._groups = _set_in(self.model, together, self._seating)
         self._lock, self._busy = RLock(), False
-        self._last: tuple[Any, Layout | None] = (None, None)
+        self._last: tuple[Any, Mapping[int, Layout]] = (None, {})
 
     def put(self, slot: int, factors: Factors) -> None:
         """Fill a slot, replacing what stood in it; the stacks grow as needed, in slots by doubling.
@@ -58,6 +59,11 @@ class Bank:
         self.fill(slot, {})
 
     @property
+    def paths(self) -> frozenset[str]:
+        """The linear layers that it can add to."""
+        return frozenset(name for group in self._groups for name in group.names)
+
+    @property
     def bytes(self) -> int:
         """Memory of the stacks."""
         item = self.dtype.itemsize
@@ -74,11 +80,11 @@ class Bank:
             self._check_nobody_seated()
             try:
                 self._busy = True
-                self._seating.layout = self._layout(tuple(slots), length)
+                self._seating.layouts = self._layouts(tuple(slots), length)
                 yield self.model
             finally:
                 self._busy = False
-                self._seating.layout = None
+                self._seating.layouts = {}
                 for group in self._groups:
                     group.forget()
 
@@ -132,13 +138,14 @@ class Bank:
             for group in self._groups:
                 group.move(source, target)
 
-    def _layout(self, slots: tuple[int, ...], length: int) -> Layout | None:
-        """The layout of a batch; made once for the steps of one."""
+    def _layouts(self, slots: tuple[int, ...], length: int) -> Mapping[int, Layout]:
+        """The layouts of a batch, by how many tokens of it a layer is given; made once for the steps of one."""
         known = self.slots
         if absent := [slot for slot in slots if slot != NO_SLOT and not 0 <= slot < known]:
             raise IndexError(absent[0])
         if self._last[0] != (slots, length):
-            self._last = (slots, length), lay_out(slots, length, self.device)
+            made = {len(slots) * each: lay_out(slots, each, self.device) for each in {1, length}}
+            self._last = (slots, length), {tokens: layout for tokens, layout in made.items() if layout is not None}
         return self._last[1]
 
     def _ranks(self, factors: Factors) -> dict[str, int]:
@@ -169,18 +176,24 @@ class Bank:
 
 
 def _common_inputs(model: Any, device: torch.device) -> list[list[str]]:
-    """Paths of linear layers, those that one token of input reaches as the very same tensor together.
+    """Paths of linear layers, those that an input reaches as the very same tensor together.
 
-    Asking the model is what works for every architecture; layers that the token does not reach stand alone.
+    Asking the model is what works for every architecture. A layer that is not given every token, as an expert's, is
+    left out: which adapter its tokens belong to cannot be told there.
     """
     layers = linear_layers(model)
     seen: dict[tuple[int, int], list[str]] = {}
     kept: list[torch.Tensor] = []
+    partly: set[str] = set()
+    ids = torch.arange(6, device=device).view(2, 3)  # different ones: a router sends equal tokens to one expert
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             kept.append(inputs[0])  # kept alive, so that no other tensor takes its id
-            key = id(inputs[0]), inputs[0]._version, in_and_out(module)[0]
+            width = in_and_out(module)[0]
+            if inputs[0].numel() != ids.numel() * width:
+                partly.add(name)
+            key = id(inputs[0]), inputs[0]._version, width
             seen.setdefault(key, []).append(name)  # type: ignore[arg-type]
 
         return hook
@@ -188,19 +201,18 @@ def _common_inputs(model: Any, device: torch.device) -> list[list[str]]:
     handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
     try:
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no version
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+            model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    calls = [name for names in seen.values() for name in names]
-    groups = [list(dict.fromkeys(names)) for names in seen.values()]
-    once = [names for names in groups if all(calls.count(name) == 1 for name in names)]
+    calls = Counter(name for names in seen.values() for name in names)
+    once = [names for names in seen.values() if all(calls[name] == 1 and name not in partly for name in names)]
     grouped = {name for names in once for name in names}
-    return [*once, *([name] for name in layers if name not in grouped)]
+    return [*once, *([name] for name in calls if name not in grouped | partly)]
 
 
 def _set_in(model: nn.Module, together: list[list[str]], seating: Seating) -> list[Group]:
-    """Put a site in place of every linear layer of the tree."""
+    """Put a site in place of these linear layers of the tree."""
     layers = linear_layers(model)
     groups = []
     for names in together:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ class Seating:
     """Which slots the tokens of the running batch belong to; shared by all sites of a bank."""
 
     def __init__(self) -> None:
-        self.layout: Layout | None = None
+        self.layouts: Mapping[int, Layout] = {}
+        """By how many tokens a layer is given: all of them, or the last one of each row, as a head is."""
 
 
 class Site(nn.Module):  # type: ignore[misc]
@@ -61,6 +63,9 @@ class Group:
         self._seen: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
         self._waiting: set[int] = set()
+        self._spans = _spans(self.ranks)
+        self._laid_for: Layout | None = None
+        self._laid: dict[int, torch.Tensor] = {}
 
     def bytes_for(self, slots: int, ranks: list[int], item: int) -> int:
         """Bytes of the factors for so many slots and these ranks."""
@@ -73,7 +78,7 @@ class Group:
         """
         if self.a is None:
             return
-        for i, (first, last) in enumerate(self._spans()):
+        for i, (first, last) in enumerate(self._spans):
             b = self.b[i]
             if b is None:
                 continue
@@ -87,23 +92,35 @@ class Group:
 
     def add(self, index: int, x: torch.Tensor, out: torch.Tensor) -> None:
         """Add what the tokens' adapters say about one site to its output, in place."""
-        layout, b = self.seating.layout, self.b[index]
-        if layout is None or b is None or self.a is None:
+        b = self.b[index]
+        if not self.seating.layouts or b is None:
             return
-        hidden = self._shared(index, x, layout)
-        first, last = self._spans()[index]
+        layout = self.seating.layouts[x.numel() // self.inputs]
+        first, last = self._spans[index]
+        hidden, taken = self._shared(index, x, layout)[..., first:last], self._taken(b, layout)
         flat = out.view(-1, out.shape[-1])
         if flat.dtype == b.dtype:
-            layout.add(flat, hidden[..., first:last], b[layout.slots])
+            layout.add(flat, hidden, taken)
             return
         exact = flat.to(b.dtype)
-        layout.add(exact, hidden[..., first:last], b[layout.slots])
+        layout.add(exact, hidden, taken)
         flat.copy_(exact)
 
     def forget(self) -> None:
         """Let go of the input of the last forward pass."""
         self._seen = self._hidden = None
         self._waiting = set()
+
+    def _taken(self, stack: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """What a layout's groups take of a stack. Views are kept while the layout is: there are a thousand in a pass;
+        copies are not, since they would be memory that nobody counts."""
+        if not isinstance(layout.slots, slice):
+            return stack[layout.slots]
+        if self._laid_for is not layout:
+            self._laid_for, self._laid = layout, {}
+        if id(stack) not in self._laid:
+            self._laid[id(stack)] = stack[layout.slots]
+        return self._laid[id(stack)]
 
     def _shared(self, index: int, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """x times the first factors of all sites, computed when the first of them is called with this input."""
@@ -115,15 +132,11 @@ class Group:
             return hidden
         assert self.a is not None
         tokens = layout.gathered(x.reshape(-1, self.inputs).to(self.a.dtype))
-        hidden = product(tokens, self.a[layout.slots].transpose(1, 2))
+        hidden = product(tokens, self._taken(self.a, layout).transpose(1, 2))
         waiting = {i for i, rank in enumerate(self.ranks) if rank and i != index}
         if waiting:
             self._seen, self._hidden, self._waiting = x, hidden, waiting
         return hidden
-
-    def _spans(self) -> list[tuple[int, int]]:
-        ends = [sum(self.ranks[: i + 1]) for i in range(len(self.ranks))]
-        return [(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
 
     def ranks_of(self, ranks: Mapping[str, int]) -> list[int]:
         """The rank of each site, from path → rank."""
@@ -135,7 +148,7 @@ class Group:
             return
         options: dict[str, Any] = {"dtype": dtype, "device": device}
         new = Group(self.names, self.widths, self.inputs, self.seating)
-        new.slots, new.ranks = slots, ranks
+        new.slots, new.ranks, new._spans = slots, ranks, _spans(ranks)
         new.a = torch.zeros(slots, sum(ranks), self.inputs, **options) if any(ranks) and slots else None
         if new.a is not None:
             pairs = zip(ranks, self.widths, strict=True)
@@ -148,7 +161,7 @@ class Group:
         if self.a is None or old.a is None:
             return
         slots = min(self.slots, old.a.shape[0])
-        for i, ((first, last), (start, end)) in enumerate(zip(self._spans(), old._spans(), strict=True)):
+        for i, ((first, last), (start, end)) in enumerate(zip(self._spans, old._spans, strict=True)):
             b, before = self.b[i], old.b[i]
             if b is not None and before is not None:
                 rank = min(last - first, end - start)
@@ -158,7 +171,7 @@ class Group:
     def take(self, slot: int, ranks: Mapping[str, int]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """A copy on the CPU of what was put into a slot, by name; `ranks` are its own."""
         found = {}
-        for name, b, (first, _) in zip(self.names, self.b, self._spans(), strict=True):
+        for name, b, (first, _) in zip(self.names, self.b, self._spans, strict=True):
             rank = ranks.get(name, 0)
             if self.a is not None and b is not None and rank:
                 right, left = self.a[slot, first : first + rank], b[slot, :rank]
@@ -170,6 +183,12 @@ class Group:
         for stack in (self.a, *self.b):
             if stack is not None:
                 stack[target] = stack[source]
+
+
+def _spans(ranks: list[int]) -> list[tuple[int, int]]:
+    """Where the first factors of each site stand among those of its group."""
+    ends = list(accumulate(ranks))
+    return [(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -64,6 +64,7 @@ class Fleet:
         check_bare(backbone)
         self.backbone = backbone
         self.bank = Bank(backbone.model, dtype=backbone.placement.compute_dtype, device=backbone.device, slots=slots)
+        self._held_paths = self.bank.paths
         self._resolve, self._other_base, self._report = resolve, other_base, report
         self._alone, self._waiting = OwnModels(backbone, other_base=other_base), HostMemory(host_memory)
         self._room = Room(self.bank, memory)
@@ -200,10 +201,16 @@ class Fleet:
         """A version's factors; None, and known from now on, when its tensors are none that a bank can hold."""
         stored = read(version)
         try:
-            return factors_of(stored, self.backbone)
+            factors = factors_of(stored, self.backbone)
         except TuningError as error:
             self._reasons[version.id] = error.fact
             return None
+        if others := factors.keys() - self._held_paths:
+            self._reasons[version.id] = (
+                f"it changes layers that are not given every token: {', '.join(sorted(others)[:3])}"
+            )
+            return None
+        return factors
 
     def _in_bank(self, version: Version, factors: Factors) -> Resident | None:
         ranks = {path: int(right.shape[0]) for path, (right, _) in factors.items()}

@@ -25,6 +25,7 @@ class Statistics:
     """What a fleet has done, and who is where."""
 
     hits: int = 0
+    """Seats of adapters that were there; a request that waits for a row asks for one at every step."""
     from_host: Misses = Misses()
     from_disk: Misses = Misses()
     evictions: int = 0

@@ -175,12 +175,12 @@ class Odd(nn.Module):  # type: ignore[misc]
 
 
 def test_layers_are_together_only_where_their_input_is_the_same() -> None:
-    """Changed in place, called twice, or not reached by the token that the bank asks with: each stands alone."""
+    """Changed in place, called twice, or called by some tokens' choice with all of them: each stands alone."""
     torch.manual_seed(0)
     model = Odd().requires_grad_(False).eval()
     bank = Bank(model, dtype=torch.float32, device=torch.device("cpu"))
     names = ["first", "second", "twice", "beside", *(f"experts.{i}" for i in range(3))]
-    # The token 0 goes to expert 0 with the tensor that `twice` and `beside` were given.
+    # The experts are given the tensor that `twice` and `beside` were given.
     assert sorted(tuple(group.names) for group in bank._groups) == sorted((name,) for name in names)
     factors = [{name: (torch.randn(2, 8), torch.randn(8, 2)) for name in names} for _ in range(2)]
     for slot, each in enumerate(factors):
@@ -192,6 +192,24 @@ def test_layers_are_together_only_where_their_input_is_the_same() -> None:
         for name, (a, b) in {} if slot == NO_SLOT else factors[slot].items():
             merged.get_submodule(name).weight += b @ a
         torch.testing.assert_close(found[row], merged(TOKENS[row : row + 1]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_given_some_of_the_tokens_is_not_held() -> None:
+    """Whose tokens an expert is given cannot be told from how many they are."""
+
+    class Routed(Odd):
+        def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> Any:
+            x = self.table(input_ids)
+            out = self.first(x)
+            for i, expert in enumerate(self.experts):
+                chosen = input_ids % 3 == i
+                out[chosen] = out[chosen] + expert(x[chosen])
+            return SimpleNamespace(logits=out)
+
+    bank = Bank(Routed().requires_grad_(False).eval(), dtype=torch.float32, device=torch.device("cpu"))
+    assert bank.paths == {"first"}
+    with pytest.raises(KeyError, match=r"experts\.1"):
+        bank.put(0, {"experts.1": (torch.randn(2, 8), torch.randn(8, 2))})
 
 
 TOKENS = torch.tensor([[0, 1, 2, 4], [3, 3, 0, 3], [5, 7, 8, 11]])
