@@ -32,14 +32,17 @@ _PUBLIC = {
     "Spec": "peftkit.config",
     "TrainSpec": "peftkit.training.spec",
     "UnfreezeSpec": "peftkit.training.layerwise",
+    "ask": "peftkit.generation.answer",
     "attach": "peftkit.tuning.attach",
     "combine_adapters": "peftkit.release.combine",
     "engine_over": "peftkit.generation.opening",
     "export_for": "peftkit.release.export.entry",
+    "find_base": "peftkit.generation.opening",
     "generate_file": "peftkit.generation.bulk.bulk",
     "inject": "peftkit.tuning.inject",
     "load_backbone": "peftkit.backbone.load",
     "merge_adapters": "peftkit.release.merge",
+    "open_engine": "peftkit.generation.opening",
     "run_recipe": "peftkit.cli.main",
 }
 
@@ -55,10 +58,11 @@ if TYPE_CHECKING:
     from peftkit.deltas.combining.methods import How
     from peftkit.errors import PeftkitError
     from peftkit.evaluation.spec import EvaluateSpec
+    from peftkit.generation.answer import ask
     from peftkit.generation.bulk.bulk import generate_file
     from peftkit.generation.engine import Limits
     from peftkit.generation.fleet.fleet import Fleet
-    from peftkit.generation.opening import engine_over
+    from peftkit.generation.opening import engine_over, find_base, open_engine
     from peftkit.generation.requests import Request, Sampling
     from peftkit.recipe import Run
     from peftkit.registry.store import Registry

@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from peftkit.cli.main import app, main
 from peftkit.data.findings import rules as audit_rules
+from peftkit.registry.store import Registry
 from peftkit.training import watchdog_rules
 
 GUIDES = Path(__file__).resolve().parents[1] / "docs/guide"
@@ -61,6 +62,26 @@ def test_the_python_of_the_registry_guide(
     exec(compile(code.replace("Qwen/Qwen3-4B", str(tiny_base)), "registry.md", "exec"), {})
     first, second = store.resolve("tickets").reference, store.resolve("tickets@prod").reference
     assert capsys.readouterr().out.splitlines() == [f"{first} {sorted([first, second])}", "LlamaForCausalLM"]
+
+
+def test_the_python_of_the_guide_to_many_adapters(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(2):
+        publish(tmp_path, tiny_base, "tickets", factors(tiny_base, 2, seed))
+        shutil.rmtree(tmp_path / "payloads")
+    store = Registry(tmp_path / "registry")
+    newest = store.resolve("tickets").id
+    older = next(version.id for version in store.versions("tickets") if version.id != newest)
+    store.tag(f"tickets@{older}", "prod")
+    (tmp_path / "registry").rename(tmp_path / "adapters")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", TEXTS["many-adapters.md"], re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "many-adapters.md", "exec"), names)
+    answered = [ticket.completion for ticket in names["tickets"]]
+    assert [each.adapter for each in answered] == [f"tickets@{older}", f"tickets@{newest}", None]
+    assert capsys.readouterr().out.startswith(answered[0].text)
 
 
 def test_the_python_of_the_combining_guide(

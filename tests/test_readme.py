@@ -225,5 +225,5 @@ def test_figures_of_merging_stand_in_the_results() -> None:
         assert f"{ways[way]['seconds']:.1f} s and {ways[way]['peak_megabytes_above_imports']:,.0f} MB" in text
     assert f"copy with fsync {ways['copy']['seconds']:.1f} s" in text
     mutants = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
-    assert "41 planted bugs" in (ROOT / "CHANGELOG.md").read_text()
-    assert len(mutants["bugs"]) == 41
+    assert f"{len(mutants['bugs'])} planted bugs" in (ROOT / "CHANGELOG.md").read_text()
+    assert len(mutants["bugs"]) >= 65

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftkit.errors import ConfigError
+from peftkit.events import Warned
 from peftkit.generation.requests import Request, Sampling
 
 System = Annotated[str | None, typer.Option("--system", help="System turn.")]
@@ -44,6 +45,20 @@ def asked(
         logprobs=logprobs,
         json_schema=_schema(json_schema) if json_schema else None,
     )
+
+
+def cut_off(answers: str, like: Request) -> Warned:
+    """What to say of answers that ended where no more tokens were allowed."""
+    broken = "; what is cut off is not valid JSON" if like.json_schema is not None else ""
+    fact = f"{answers} cut off at --max-new-tokens {like.max_new_tokens}, or the base's last position{broken}"
+    return Warned(fact, hint="allow more tokens")
+
+
+def refuse(given: dict[str, Any], why: str) -> None:
+    """Raise typer.BadParameter that names those of these options that were given."""
+    named = [option for option, value in given.items() if value is not None and value is not False]
+    if named:
+        raise typer.BadParameter(why, param_hint=", ".join(named))
 
 
 def _schema(path: Path) -> dict[str, Any]:

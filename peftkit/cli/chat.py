@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from peftkit import locations
-from peftkit.cli.asking import MaxNewTokens, Seed, System, Temperature, TopK, TopP, asked
+from peftkit.cli.asking import MaxNewTokens, Seed, System, Temperature, TopK, TopP, asked, cut_off, refuse
 from peftkit.cli.console import Reporter, console, harmless, show
 from peftkit.cli.options import AsJson, Base, Bits, OtherBase, RegistryRoot, open_registry
 from peftkit.errors import PeftkitError, TuningError
@@ -18,6 +18,7 @@ from peftkit.generation.requests import Request
 from peftkit.registry.store import Version
 
 _HELP = "/base, /NAME to swap; /new to forget; /quit; Ctrl-C stops an answer"
+_COMMANDS = ("new", "quit", "exit")
 
 
 def chat(
@@ -39,9 +40,12 @@ def chat(
 
     Example: peftkit chat tickets --prompt "My lamp arrived broken, order A-48213."
     """
+    if prompt is None:
+        refuse({"--json": as_json}, "only the answer to one --prompt is shown as JSON")
     like = asked(max_new_tokens, temperature, top_p, top_k, seed)
     store = open_registry(registry)
     versions = [store.resolve(name) for name in names]
+    from peftkit.generation.answer import answered, record
     from peftkit.generation.opening import find_base, open_engine
 
     cache = locations.cache_root().path
@@ -49,12 +53,16 @@ def chat(
         found = find_base(versions, cache, base=base, bits=bits, report=report)
         opened = open_engine(found, versions, cache, other_base=other_base, report=report)
     session = _Session(opened, versions, system, like)
-    if prompt is not None:
-        answer = "".join(session.ask(prompt))
-        receipts = list(opened.fleet.receipts)
-        show({"adapter": versions[0].reference, "answer": answer, "receipts": receipts}, as_json=as_json, text=answer)
+    if prompt is None:
+        _talk(session)
         return
-    _talk(session)
+    ticket = session.submit([{"role": "user", "content": prompt}])
+    opened.engine.run()
+    answer = answered(ticket)
+    if answer.finish == "length":
+        report(cut_off("the answer was", like))
+    value = {**record(answer, opened.backbone.tokenizer), "receipts": list(opened.fleet.receipts)}
+    show(value, as_json=as_json, text=answer.text)
 
 
 def _talk(session: _Session) -> None:
@@ -98,9 +106,10 @@ class _Session:
 
         self.opened, self.system, self.like = opened, system, like
         self.versions: dict[str, Version | None] = {
-            **dict(zip(names_for(versions), versions, strict=True)),
-            "base": None,
+            version.reference if name in _COMMANDS else name: version
+            for name, version in zip(names_for(versions), versions, strict=True)
         }
+        self.versions["base"] = None
         self.active = next(iter(self.versions))
         self.turns: list[dict[str, str]] = []
 
@@ -112,16 +121,22 @@ class _Session:
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer as it comes; one that was stopped stays in the conversation as far as it came."""
-        from peftkit.generation.answer import answered, ask
+        from peftkit.generation.answer import answered
 
-        system = [{"role": "system", "content": self.system}] if self.system else []
         turns = [*self.turns, {"role": "user", "content": text}]
-        ticket = ask(self.opened, self.versions[self.active], [*system, *turns], self.like)
+        ticket = self.submit(turns)
         with _stopping(ticket):
             yield from self.opened.engine.stream(ticket)
         said = answered(ticket).text
         if said or not ticket.cancelled:
             self.turns = [*turns, {"role": "assistant", "content": said}]
+
+    def submit(self, turns: list[dict[str, str]]) -> Any:
+        """Queue a conversation for the active adapter."""
+        from peftkit.generation.answer import ask
+
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return ask(self.opened, self.versions[self.active], [*system, *turns], self.like)
 
 
 @contextmanager

@@ -20,6 +20,8 @@ from peftkit.cli.asking import (
     TopK,
     TopP,
     asked,
+    cut_off,
+    refuse,
 )
 from peftkit.cli.console import Reporter, show
 from peftkit.cli.options import AsJson, Base, Bits, OtherBase, RegistryRoot, open_registry
@@ -41,7 +43,7 @@ def generate(
     adapter_column: Annotated[
         str | None, typer.Option("--adapter-column", metavar="NAME", help="Column that names the adapter of a row.")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows that are answered at once.")] = 16,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Rows answered at once; 32 if not given.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an interrupted run kept.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")] = False,
     system: System = None,
@@ -71,15 +73,17 @@ def generate(
     if not adapters and not (bulk and adapter_column):
         raise typer.BadParameter("name at least one adapter", param_hint="--adapter")
     if not bulk:
-        given = {"--out": out, "--adapter-column": adapter_column, "--fresh": fresh, "--overwrite": overwrite}
-        _refuse(given, _OF_ROWS)
+        given: dict[str, Any] = {"--out": out, "--adapter-column": adapter_column, "--batch": batch}
+        refuse({**given, "--fresh": fresh, "--overwrite": overwrite}, _OF_ROWS)
+        if not as_json:
+            refuse({"--logprobs": logprobs}, "they are shown with --json only")
         _answer(prompt, adapters or [], with_base, system, like, open_registry(registry), loaded, as_json)
         return
-    _refuse({"--system": system}, "rows have a column 'system' for it")
+    refuse({"--system": system}, "rows have a column 'system' for it")
     if out is None:
         raise typer.BadParameter("say where the answers go", param_hint="--out")
-    chosen: dict[str, Any] = {"with_base": with_base, "adapter_column": adapter_column, "batch": batch}
-    chosen |= {"fresh": fresh, "overwrite": overwrite, **loaded}
+    chosen: dict[str, Any] = {"with_base": with_base, "adapter_column": adapter_column, **loaded}
+    chosen |= {"fresh": fresh, "overwrite": overwrite, **({"batch": batch} if batch else {})}
     _answer_rows(prompt, adapters or [], out.expanduser(), like, open_registry(registry), chosen, as_json)
 
 
@@ -101,12 +105,14 @@ def _answer(
     with Reporter(as_json=as_json, warnings_only=True) as report:
         found = find_base(versions, cache, **loaded, report=report)
         opened = open_engine(found, versions, cache, other_base=other_base, report=report)
-    turns = [{"role": "system", "content": system}] if system else []
-    turns.append({"role": "user", "content": prompt})
-    who: list[Version | None] = [*([None] if with_base else []), *versions]
-    tickets = [ask(opened, version, turns, like) for version in who]
-    opened.engine.run()
-    answers = [record(answered(ticket), opened.backbone.tokenizer) for ticket in tickets]
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": prompt})
+        who: list[Version | None] = [*([None] if with_base else []), *versions]
+        tickets = [ask(opened, version, turns, like) for version in who]
+        opened.engine.run()
+        answers = [record(answered(ticket), opened.backbone.tokenizer) for ticket in tickets]
+        if cut := [each["adapter"] or "base" for each in answers if each["finish"] == "length"]:
+            report(cut_off(f"answers of {', '.join(cut)} were", like))
     lines = [f"{each['adapter'] or 'base'}:\n{each['answer']}" for each in answers]
     value = {"prompt": prompt, "answers": answers, "receipts": list(opened.fleet.receipts)}
     show(value, as_json=as_json, text="\n\n".join(lines))
@@ -123,6 +129,8 @@ def _answer_rows(
             done = generate_file(store, rows, adapters, out, cache=cache, like=like, **chosen, report=report)
         except KeyboardInterrupt as error:
             raise Interrupted(str(error) or "interrupted") from None
+        if done.cut:
+            report(cut_off(f"{done.cut:,} of {done.answers:,} answers were", like))
     if done.asked:
         rate = f" ({done.tokens:,} tokens, {done.tokens / max(done.seconds, 1e-9):,.0f} tokens/s)"
         text = f"{out} holds {done.answers:,} answers; {done.asked:,} were asked now{rate}"
@@ -140,14 +148,8 @@ def _is_file_of_rows(argument: str) -> bool:
     """Whether it is a file. Raises DataError for the name of one that is not there, rather than asking a model."""
     if os.path.isfile(os.path.expanduser(argument)):
         return True
-    if argument.removesuffix(".gz").endswith(SUFFIXES) and not any(letter.isspace() for letter in argument):
+    if argument.lower().removesuffix(".gz").endswith(SUFFIXES) and not any(letter.isspace() for letter in argument):
         from peftkit.data.readers import read
 
         read(Path(argument))
     return False
-
-
-def _refuse(given: dict[str, Any], why: str) -> None:
-    named = [option for option, value in given.items() if value]
-    if named:
-        raise typer.BadParameter(why, param_hint=", ".join(named))

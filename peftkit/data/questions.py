@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from peftkit.errors import DataError
 
 _ASKED = tuple(shape for shape in SHAPES if shape.format != "text")
 _STAND_IN = {"role": "assistant", "content": "?"}
+_SPLIT = "split the file: all its rows are read as the first one is"
 _EXPECTED = "a question: instruction, prompt, question, messages or conversations"
 
 
@@ -33,19 +34,29 @@ class Questions:
     count: int
     sha256: str
     """Of the file's bytes."""
-    names: tuple[str | None, ...] = (None,)
-    """Who is asked, as the rows name them; None is the base."""
+    names: Mapping[str | None, Where]
+    """Who is asked, as the rows name them, and where first; None is the base."""
     left_out: tuple[str, ...] = ()
     """Columns that are no part of the question."""
     column: str | None = None
     """The one that names who is asked."""
 
     def __iter__(self) -> Iterator[tuple[Row, str | None]]:
-        """Every row, ending with a stand-in for its answer, and whom it asks."""
+        """Every row, ending with a stand-in for its answer, and whom it asks.
+
+        Raises DataError when the file was changed so that other rows are met than were looked through.
+        """
         reading = _Asking(self.shape)
         for where, record in _records(self.path):
             name = _named(where, record, self.column)
-            yield reading.row(where, record), name
+            row = reading.row(where, record)
+            if reading.problems or name not in self.names or where.index >= self.count:
+                raise self.changed()
+            yield row, name
+
+    def changed(self) -> DataError:
+        """What to raise when the file is not what it was."""
+        return DataError(f"{self.path} was changed while it was answered", expected="the same rows to the end")
 
 
 def look_through(source: str | Path, column: str | None = None) -> Questions:
@@ -57,9 +68,9 @@ def look_through(source: str | Path, column: str | None = None) -> Questions:
     digest = durable.digest_file(path) if path.is_file() else ""
     shape: Shape | None = None
     reading, count, bad, problems = _Asking(_ASKED[0]), 0, 0, list[str]()
-    names, left_out = dict[str | None, None](), dict[str, None]()
+    names, left_out = dict[str | None, Where](), dict[str, None]()
     for where, record in _records(path):
-        names[_named(where, record, column)] = None
+        names.setdefault(_named(where, record, column), where)
         shape = shape or _shape_of(where, record)
         if not count:
             reading = _Asking(shape)
@@ -75,7 +86,7 @@ def look_through(source: str | Path, column: str | None = None) -> Questions:
         listed = "".join(f"\n- {problem}" for problem in problems[:LISTED])
         fact = f"{path}: {bad:,} of {count:,} rows cannot be asked, read as {shape.format}{listed}"
         raise DataError(fact, expected=_EXPECTED, hint="edit or remove these rows; peftkit drops none by itself")
-    return Questions(path, shape, count, digest, tuple(names), tuple(left_out), column)
+    return Questions(path, shape, count, digest, names, tuple(left_out), column)
 
 
 class _Asking(_Reading):
@@ -83,6 +94,11 @@ class _Asking(_Reading):
 
     def row(self, where: Where, record: dict[str, Any]) -> Row:
         question, *answers = self.shape.needs
+        if question not in record:
+            self.where = where
+            columns = ", ".join(map(repr, list(record)[:12])) or "none"
+            self.wrong(question, f"no such column, only {columns}", "the columns of the first row", _SPLIT)
+            return Row((), "", None, {}, {}, where)
         stand_in = [_STAND_IN] if isinstance(record.get(question), list) else "?"
         return super().row(where, {**record, **dict.fromkeys(answers, stand_in)})
 

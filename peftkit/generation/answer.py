@@ -7,7 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from peftkit.base.tokenizer import Tokenizer
+from peftkit.canonical import canonical_json
 from peftkit.data.chat import chat_prompt
+from peftkit.errors import DataError, GenerationError, PeftkitError
 from peftkit.generation.opening import Opened
 from peftkit.generation.requests import Completion, Logprob, Request
 from peftkit.generation.running import Ticket
@@ -23,16 +25,32 @@ def ask(opened: Opened, version: Version | None, turns: Sequence[Mapping[str, An
     The turns are rendered as its training rendered them. `like` says what else is asked for. Raises DataError for turns
     that cannot be rendered, and what `Engine.submit` raises.
     """
-    ids = chat_prompt([dict(turn) for turn in turns], opened.backbone.tokenizer, opened.rendering(version))
+    asked = [dict(turn) for turn in turns]
+    try:
+        canonical_json(asked)
+    except ValueError as error:
+        raise DataError(f"this cannot be asked: {error}", expected="text in UTF-8") from error
+    ids = chat_prompt(asked, opened.backbone.tokenizer, opened.rendering(version))
     return opened.engine.submit(replace(like, prompt=tuple(ids), adapter=version.reference if version else None))
 
 
 def answered(ticket: Ticket) -> Completion:
-    """The completion of a ticket that is done. Raises what went wrong with it."""
-    if ticket.error is not None:
+    """The completion of a ticket that is done.
+
+    Raises what went wrong with it; what peftkit did not foresee, such as no memory, as GenerationError.
+    """
+    if isinstance(ticket.error, PeftkitError):
         raise ticket.error
+    if ticket.error is not None:
+        raise stopped(ticket.error) from ticket.error
     assert ticket.completion is not None
     return ticket.completion
+
+
+def stopped(error: BaseException, hint: str | None = None) -> GenerationError:
+    """What to raise for an error that is no fault of what was asked."""
+    why = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+    return GenerationError(f"answering stopped: {type(error).__name__}: {why}", hint=hint)
 
 
 def record(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any]:

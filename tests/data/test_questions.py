@@ -89,7 +89,7 @@ def test_a_column_says_who_is_asked(tmp_path: Path) -> None:
     ]
     questions = look_through(written(tmp_path, *rows, {"prompt": "d", "who": "one"}), "who")
     assert [name for _, name in questions] == ["one", None, None, "one"]
-    assert questions.names == ("one", None)
+    assert {name: where.line for name, where in questions.names.items()} == {"one": 1, None: 2}
     assert questions.left_out == ()
 
 
@@ -114,6 +114,23 @@ def test_what_cannot_be_asked_is_told_at_once(text: str, said: str, tmp_path: Pa
     with pytest.raises(DataError) as caught:
         look_through(tmp_path / "rows.jsonl")
     assert said in str(caught.value)
+
+
+def test_rows_of_other_columns_than_the_first_are_named(tmp_path: Path) -> None:
+    file = written(tmp_path, {"prompt": "a"}, {"question": "b", "answer": "c"})
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:2: prompt: found no such column, only 'question'.*split the file"
+    ):
+        look_through(file)
+
+
+@pytest.mark.parametrize("changed", ['{"prompt": "more"}\n', '{"prompt": "a", "who": "two"}\n', '{"who": "one"}\n'])
+def test_other_rows_than_were_looked_through_are_never_given_out(changed: str, tmp_path: Path) -> None:
+    asked = look_through(written(tmp_path, {"prompt": "a", "who": "one"}), "who")
+    kept = asked.path.read_text() if "more" in changed else ""
+    asked.path.write_text(kept + changed.replace('"more"', '"more", "who": "one"'))
+    with pytest.raises(DataError, match="was changed"):
+        list(asked)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from peftkit.errors import GenerationError
-from peftkit.generation.bulk.answers_file import AnswersFile, partial_of
+from peftkit.generation.bulk.answers_file import AnswersFile, partial_of, refuse_place
 
 JOBS = 40
 ABOUT = {"rows": "x", "settings": {"seed": 1}}
@@ -229,8 +230,54 @@ def test_other_answers_are_never_gone_on_with(tmp_path: Path) -> None:
     assert partial_of(out).read_bytes() == before
     with begin(out, other, fresh=True) as kept:
         assert kept.done == 0
+        kept.add(line(0))
     with pytest.raises(GenerationError, match="2 there, 1 now"):
         begin(out)
+
+
+@pytest.mark.parametrize("torn", ["", '{"row": 1, "ans'])
+def test_where_nothing_was_answered_nothing_stands_in_the_way(torn: str, tmp_path: Path) -> None:
+    """A mistake that is found when the base is loaded leaves such a file."""
+    out = tmp_path / "a.jsonl"
+    with begin(out, {**ABOUT, "settings": {"seed": "a longer one"}}):
+        pass
+    with open(partial_of(out), "a") as stream:
+        stream.write(torn)
+    assert go_on(out) == 0
+    check_finished(out)
+
+
+def test_bytes_that_are_not_utf_8_are_kept(tmp_path: Path) -> None:
+    out, odd = tmp_path / os.fsdecode(b"\xff.jsonl"), os.fsdecode(b"\\\xff\\u\xfe")
+    about = {**ABOUT, "settings": {"stop": [odd]}}
+    with begin(out, about) as kept:
+        kept.add({**line(3), "answer": odd})
+    with begin(out, about) as kept:
+        assert kept.done == 1
+    assert json.loads(partial_of(out).read_bytes().splitlines()[1])["answer"] == odd
+
+
+def test_what_an_interrupted_overwrite_kept_stays(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    go_on(out)
+    with begin(out, overwrite=True) as kept:
+        kept.add(line(0))
+    before = partial_of(out).read_bytes()
+    with begin(out) as kept:
+        assert kept.finished
+    assert partial_of(out).read_bytes() == before
+    with begin(out, overwrite=True) as kept:
+        assert kept.done == 1
+
+
+def test_cut_answers_are_counted_whenever_they_came(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with begin(out) as kept:
+        kept.add({**line(3), "finish": "length"})
+    with begin(out) as kept:
+        kept.add({**line(4), "finish": "length"})
+        kept.add(line(5))
+        assert kept.cut == 2
 
 
 def test_a_finished_file_is_never_replaced_unasked(tmp_path: Path) -> None:
@@ -259,6 +306,31 @@ def test_a_file_of_somebody_elses_is_left_alone(content: str, tmp_path: Path) ->
     assert partial_of(out).read_text() == content
 
 
-def test_nowhere_to_write(tmp_path: Path) -> None:
-    with pytest.raises(GenerationError, match="folder"):
-        begin(tmp_path / "no" / "a.jsonl")
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("no/a.jsonl", r"is no folder(.|\n)*mkdir -p no"),
+        ("there", r"there is a folder(.|\n)*--out there/answers\.jsonl"),
+        ("", r"\. is a folder(.|\n)*--out answers\.jsonl"),
+    ],
+)
+def test_nowhere_to_write(out: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    with pytest.raises(GenerationError, match=said):
+        refuse_place(Path(out))
+
+
+@pytest.mark.parametrize(("number", "room"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EIO, False)])
+def test_room_is_asked_for_only_where_none_is_left(
+    number: int, room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with begin(tmp_path / "a.jsonl") as kept:
+        monkeypatch.setattr(os, "pwrite", broken)
+        with pytest.raises(GenerationError) as caught:
+            kept.add(line(0))
+        monkeypatch.undo()
+    assert ("make room" in str(caught.value)) == room

@@ -96,6 +96,7 @@ def test_every_row_is_answered_by_everyone_as_alone(lab: Path, tmp_path: Path, a
     assert done.tokens == sum(line["tokens"] for line in found)
     again = run(lab, out, "one", "two", with_base=True)
     assert (again.answers, again.asked) == (39, 0)
+    assert done.cut == again.cut == sum(line["finish"] == "length" for line in found) > 0
     with pytest.raises(GenerationError, match=r"there(.|\n)* now"):
         run(lab, out, "one")
 
@@ -238,11 +239,30 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(lab: Path, tm
     out = tmp_path / "a.jsonl"
     with pytest.raises(ConfigError, match="top_p is 3"):
         run(lab, out, "one", like=replace(LIKE, sampling=Sampling(top_p=3)))
+    with pytest.raises(ConfigError, match=f"seed is {2**64}"):
+        run(lab, out, "one", like=replace(LIKE, sampling=Sampling(seed=2**64 - len(ROWS) + 1)))
     with pytest.raises(ConfigError, match="no adapter is named"):
         run(lab, out, with_base=True)
+    with pytest.raises(GenerationError, match="is a folder"):
+        run(lab, tmp_path, "one")
     with pytest.raises(GenerationError, match="holds the rows themselves"):
         run(lab, lab / "rows.jsonl", "one", overwrite=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_that_the_base_tells_does_not_block_its_correction(lab: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with pytest.raises(ConfigError, match="logprobs"):
+        run(lab, out, "one", like=replace(LIKE, logprobs=10**9))
+    with pytest.raises(ConfigError, match="schema"):
+        run(lab, out, "one", like=replace(LIKE, json_schema={"type": "nothing"}))
+    assert run(lab, out, "one").asked == len(ROWS)
+
+
+def test_a_name_that_means_nothing_is_told_with_its_row(lab: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "who": "one"}, {"prompt": "b", "who": "nobody"}])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: who: .*nobody"):
+        run(lab, tmp_path / "a.jsonl", rows=rows, adapter_column="who")
 
 
 def test_another_base_is_refused_or_recorded(lab: Path, tmp_path: Path) -> None:
@@ -252,6 +272,7 @@ def test_another_base_is_refused_or_recorded(lab: Path, tmp_path: Path) -> None:
         run(lab, out, "one", base=str(other))
     done = run(lab, out, "one", base=str(other), other_base=True)
     assert [receipt["type"] for receipt in done.receipts] == ["other_base"]
+    assert run(lab, out, "one", base=str(other), other_base=True).receipts == done.receipts
     assert json.loads((tmp_path / "a.jsonl.receipt.json").read_text())["receipts"][0]["type"] == "other_base"
 
 
@@ -273,8 +294,10 @@ def test_rows_are_rendered_as_each_adapter_was_trained(lab: Path, tmp_path: Path
         assert line["answer"] == answered(ticket).text
 
 
-def test_rows_changed_meanwhile(lab: Path, tmp_path: Path) -> None:
-    rows = write(tmp_path / "rows.jsonl", ROWS)
+@pytest.mark.parametrize("count", [13, 40])
+def test_rows_changed_meanwhile(count: int, lab: Path, tmp_path: Path) -> None:
+    """Also where they are read on after the change, and more of them are met than there were."""
+    rows = write(tmp_path / "rows.jsonl", (ROWS * 4)[:count])
 
     def change(event: Event) -> None:
         if isinstance(event, Progress) and event.done == 2:
@@ -282,7 +305,7 @@ def test_rows_changed_meanwhile(lab: Path, tmp_path: Path) -> None:
                 stream.write('{"prompt": "more"}\n')
 
     with pytest.raises(DataError, match="was changed"):
-        run(lab, tmp_path / "a.jsonl", "one", rows=rows, report=change)
+        run(lab, tmp_path / "a.jsonl", "one", rows=rows, report=change, batch=1)
     assert not (tmp_path / "a.jsonl").exists()
 
 

@@ -13,11 +13,13 @@ nothing is believed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
+import shlex
 import time
 from array import array
 from collections.abc import Callable, Iterator, Mapping
@@ -62,6 +64,8 @@ class AnswersFile:
         self.out, self.path, self.about = out, partial_of(out), {"format": FORMAT, **about}
         self.done = 0
         """How many were answered before."""
+        self.cut = 0
+        """How many answers, of those kept now too, ended at max_new_tokens."""
         self.dropped = 0
         """Bytes of torn lines that were there, and are not believed."""
         self.finished: dict[str, Any] | None = None
@@ -74,7 +78,8 @@ class AnswersFile:
                 _sweep(out)
                 if out.exists() and not overwrite:
                     self.finished = receipt_for(out, self.about)
-                    self.path.unlink(missing_ok=True)  # killed between the two, finish() left it
+                    if self.path.exists() and self.path.stat().st_size == self.finished.get("partial_bytes"):
+                        self.path.unlink()  # finish() was killed before it did
                     self._forget_lock()
                     return
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -105,6 +110,7 @@ class AnswersFile:
             start = self._end
             self._append(record)
             self._places[self._job(record)] = start
+            self.cut += record.get("finish") == "length"
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 self.sync()
 
@@ -120,7 +126,7 @@ class AnswersFile:
         try:
             with self._explained():
                 digest = self._write_ordered(draft)
-                receipt = {"about": self.about, "sha256": digest, **summary}
+                receipt = {"about": self.about, "sha256": digest, "partial_bytes": self._end, **summary}
                 # First the receipt: killed between the two, the next run finds no OUT, goes on, and writes both again.
                 replace_file(receipt_of(self.out), json.dumps(receipt, indent=2) + "\n")
                 os.replace(draft, self.out)
@@ -153,9 +159,10 @@ class AnswersFile:
         """Take over what an earlier process kept."""
         lines = _whole_lines(self.path)
         first, self._end = next(lines, (None, 0))
-        if first is None:
+        if first is None or (first != self.about and next(lines, None) is None):  # no answer is lost
             refuse_strange(self.path)
             os.ftruncate(self._file, 0)
+            self._end = 0
             self._append(self.about)
             self.sync()
             durable.sync_folder(self.path.parent)
@@ -167,6 +174,7 @@ class AnswersFile:
                 break
             if record.get("finish") != "failed":  # those are asked again
                 self.done += not self.has(place)
+                self.cut += record.get("finish") == "length"
                 self._places[place] = self._end
             self._end = end
         self.dropped = os.fstat(self._file).st_size - self._end
@@ -180,7 +188,8 @@ class AnswersFile:
         return place if 0 <= place < len(self._places) else None
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        line = memoryview(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        # Half a character, as bytes of a command line that are not UTF-8 become, is written as JSON escapes it.
+        line = memoryview(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         at = self._end
         while line:
             written = os.pwrite(self._file, line, at)
@@ -205,11 +214,24 @@ class AnswersFile:
             yield
         except OSError as error:
             kept = len(self._places) - self._places.count(_NOT_YET)
+            room = "make room, and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
             raise GenerationError(
                 f"the answers cannot be written to {self.path.parent}: {error.strerror or error}",
                 expected="a folder that can be written, and room for the answers twice",
-                hint=f"{kept:,} answers are kept in {self.path.name}; make room, and the same command goes on",
+                hint=f"{kept:,} answers are kept in {self.path.name}; {room}the same command goes on",
             ) from error
+
+
+def refuse_place(out: Path) -> None:
+    """Raise GenerationError where no answers can be."""
+    if out.is_dir():
+        raise GenerationError(f"{out} is a folder", expected="a file", hint=f"--out {out / 'answers.jsonl'}")
+    if not out.parent.is_dir():
+        raise GenerationError(
+            f"{out.parent} is no folder",
+            expected="a folder for the answers that exists",
+            hint=f"mkdir -p {shlex.quote(str(out.parent))}",
+        )
 
 
 def partial_of(out: Path) -> Path:
@@ -241,8 +263,6 @@ def _sweep(out: Path) -> None:
 
 
 def _hold(out: Path) -> BaseFileLock:
-    if not out.parent.is_dir():  # the lock would make it
-        raise GenerationError(f"{out.parent} is no folder", expected="a folder for the answers that exists")
     lock = FileLock(_lock_of(out), thread_local=False)
     try:
         lock.acquire(blocking=False)

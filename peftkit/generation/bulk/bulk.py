@@ -16,20 +16,19 @@ from peftkit.data.formats import Row
 from peftkit.data.questions import Questions, look_through
 from peftkit.errors import DataError, GenerationError, PeftkitError
 from peftkit.events import Note, Phase, Progress, Report, Warned, silent
-from peftkit.generation.answer import ASKED, record
-from peftkit.generation.bulk.answers_file import AnswersFile
+from peftkit.generation.answer import ASKED, record, stopped
+from peftkit.generation.bulk.answers_file import AnswersFile, refuse_place
 from peftkit.generation.bulk.who import Who, reference, what_answers_depend_on
 from peftkit.generation.check import check
 from peftkit.generation.constrain import Grammar
 from peftkit.generation.engine import Limits
 from peftkit.generation.opening import Opened, find_base, open_engine
-from peftkit.generation.requests import Completion, Request
+from peftkit.generation.requests import Completion, Request, Sampling
 from peftkit.generation.running import Ticket
 from peftkit.registry.store import Registry, Version
 
 _WINDOW = 8  # batches of rows that are looked at together, so that prompts of one length are read together
-
-_REFILL = 4  # a quarter of the rows must be free before new prompts are read: a pass costs much, a row in it little
+_REFILL = 8  # an eighth of the rows must be free before new prompts are read: 7 to 12 % fewer passes than with one
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Outcome:
     asked: int
     """How many of them this time: the others were there already."""
     failed: int
+    cut: int
+    """How many ended at max_new_tokens."""
     tokens: int
     """Generated this time."""
     seconds: float
@@ -64,7 +65,7 @@ def generate_file(
     with_base: bool = False,
     adapter_column: str | None = None,
     like: Request = ASKED,
-    batch: int = 16,
+    batch: int = 32,
     base: str | None = None,
     bits: int | None = None,
     other_base: bool = False,
@@ -76,12 +77,16 @@ def generate_file(
 
     `adapter_column` names a column that says who answers a row instead; empty is the base. `like` holds the settings;
     row i is sampled with its seed + i. Answers are kept as they come: the same call goes on after whatever ended the
-    last one, and asks again only what failed. Raises DataError for rows that cannot be read, ConfigError for settings,
-    what `open_engine` raises, and GenerationError when `out` holds something else (unless `overwrite`), or what was
-    kept belongs to something else (unless `fresh`). A row that cannot be answered is a line that says so.
+    last one, and asks again what failed; once `out` is whole, it asks nothing.
+
+    Raises DataError for rows that cannot be read, ConfigError for settings, what `open_engine` raises, and
+    GenerationError when `out` holds something else (unless `overwrite`), or what was kept belongs to something else
+    (unless `fresh`). A row that cannot be answered is a line that says so.
     """
     check(replace(like, prompt=(0,)), sys.maxsize)
+    refuse_place(out)
     questions = look_through(rows, adapter_column)
+    check(replace(like, prompt=(0,), sampling=_of_row(questions.count - 1, like)), sys.maxsize)
     who = Who.named(registry, adapters, with_base, questions)
     if out.exists() and out.samefile(questions.path):
         raise GenerationError(f"{out} holds the rows themselves", expected="another file for the answers")
@@ -89,18 +94,19 @@ def generate_file(
     about, jobs = what_answers_depend_on(questions, who, found, like), questions.count * who.width
     with AnswersFile(out, about, jobs, who.job, fresh=fresh, overwrite=overwrite) as kept:
         if kept.finished is not None:
-            return Outcome(out, kept.finished["answers"], 0, kept.finished["failed"], 0, 0.0)
+            there, receipts = kept.finished, tuple(kept.finished["receipts"])
+            return Outcome(out, there["answers"], 0, there["failed"], there.get("cut", 0), 0, 0.0, receipts=receipts)
         _say(questions, kept, report)
         work = _Work(questions, who, kept, like, batch, report)
-        receipts: tuple[dict[str, Any], ...] = ()
+        receipts = ()
         if kept.done < jobs:
             limits = Limits(rows=batch)
             opened = open_engine(found, who.versions, cache, other_base=other_base, limits=limits, report=report)
             work.run(opened)
             receipts = opened.fleet.receipts
         if durable.digest_file(questions.path) != questions.sha256:
-            raise DataError(f"{questions.path} was changed while it was answered", expected="the same rows to the end")
-        kept.finish({"answers": jobs, "failed": work.failed, "receipts": list(receipts)})
+            raise questions.changed()
+        kept.finish({"answers": jobs, "failed": work.failed, "cut": kept.cut, "receipts": list(receipts)})
     return work.outcome(receipts)
 
 
@@ -165,7 +171,8 @@ class _Work:
         """What was done."""
         answers, seconds = self.questions.count * self.who.width, time.monotonic() - self.begun
         spent = seconds if self.asked else 0.0
-        return Outcome(self.kept.out, answers, self.asked, self.failed, self.tokens, spent, self.first_error, receipts)
+        counts = answers, self.asked, self.failed, self.kept.cut, self.tokens
+        return Outcome(self.kept.out, *counts, spent, self.first_error, receipts)
 
     def _windows(self, opened: Opened) -> Iterator[list[_Asked]]:
         rows = enumerate(self.questions)
@@ -185,8 +192,7 @@ class _Work:
         except DataError as error:
             self._fail(each, error, opened)
             return False
-        sampling = replace(self.like.sampling, seed=self.like.sampling.seed + each.row)
-        name = reference(each.version)
+        name, sampling = reference(each.version), _of_row(each.row, self.like)
         each.request = replace(self.like, prompt=tuple(prompt), adapter=name, sampling=sampling)
         return True
 
@@ -229,15 +235,16 @@ class _Work:
 
     def _stopped(self, error: BaseException) -> GenerationError:
         """What is wrong with all rows, such as no memory, and not with one of them."""
-        why = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         fewer = f", with less memory under --batch {self.batch // 2}" if self.batch > 1 else ""
-        return GenerationError(
-            f"answering stopped: {type(error).__name__}: {why}", hint=f"{self._how_to_go_on()}{fewer}"
-        )
+        return stopped(error, f"{self._how_to_go_on()}{fewer}")
 
     def _how_to_go_on(self) -> str:
         kept, name = self.kept.done + self.asked - self.failed, self.kept.path
         return f"{kept:,} answers are kept in {name}, and the same command goes on"
+
+
+def _of_row(row: int, like: Request) -> Sampling:
+    return replace(like.sampling, seed=like.sampling.seed + row)
 
 
 def _say(questions: Questions, kept: AnswersFile, report: Report) -> None:

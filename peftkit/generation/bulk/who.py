@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from peftkit.data.questions import Questions
-from peftkit.errors import ConfigError
+from peftkit.errors import ConfigError, DataError, RegistryError
 from peftkit.generation.opening import Found
 from peftkit.generation.requests import Request
 from peftkit.registry.store import Registry, Version
@@ -25,12 +26,16 @@ class Who:
 
     @classmethod
     def named(cls, registry: Registry, adapters: Sequence[str], with_base: bool, questions: Questions) -> Who:
-        """What the names mean now. Raises ConfigError when none is named, or names are given twice over."""
+        """What the names mean now.
+
+        Raises ConfigError when none is named, or names are given twice over, DataError for a name in a row and
+        RegistryError for another that means nothing.
+        """
         if questions.column is not None and (adapters or with_base):
             problem = f"the column {questions.column!r} says who answers each row: name no adapter, and not the base"
             raise ConfigError([problem], where="what was asked")
         names = [name for name in questions.names if name] if questions.column else list(adapters)
-        by_name = {name: registry.resolve(name) for name in names}
+        by_name = {name: _resolve(registry, name, questions) for name in names}
         versions = list({version.reference: version for version in by_name.values()}.values())
         if not versions:
             raise ConfigError(["no adapter is named, so it is not known which base to load"], where="what was asked")
@@ -54,7 +59,21 @@ class Who:
         row = int(line["row"])
         if self.by_name is not None:
             return row
-        return row * self.width + [reference(version) for version in self.asked].index(line["adapter"])
+        return row * self.width + self._order[line["adapter"]]
+
+    @cached_property
+    def _order(self) -> dict[str | None, int]:
+        return {reference(version): at for at, version in enumerate(self.asked)}
+
+
+def _resolve(registry: Registry, name: str, questions: Questions) -> Version:
+    try:
+        return registry.resolve(name)
+    except RegistryError as error:
+        if questions.column is None:
+            raise
+        fact = f"{questions.names[name]}: {questions.column}: {error.fact}"
+        raise DataError(fact, expected=error.expected, hint=error.hint) from error
 
 
 def what_answers_depend_on(questions: Questions, who: Who, found: Found, like: Request) -> dict[str, Any]:
