@@ -227,3 +227,11 @@ def test_figures_of_merging_stand_in_the_results() -> None:
     mutants = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
     assert f"{len(mutants['bugs'])} planted bugs" in (ROOT / "CHANGELOG.md").read_text()
     assert len(mutants["bugs"]) >= 65
+
+
+def test_figures_of_serving_stand_in_the_results() -> None:
+    lines = json.loads((ROOT / "benchmarks/results/serving.json").read_text())["mechanisms"]["lines"]
+    step = {line["way"]: line for line in lines if line["what"] == "decode"}
+    bank, peft = step["bank 16"], step["peft adapter_names 16"]
+    assert f"runs at {bank['of_base_speed']:.2f} of the speed of the base alone" in README
+    assert f"{peft['ms'] / bank['ms']:.1f} times as fast as PEFT's mixed batch" in README
