@@ -103,5 +103,7 @@ def generating(architecture: Architecture, setting: Setting) -> Range:
     growing = rows * _rounded(length) * architecture.keys * size
     logits = rows * architecture.vocabulary * (size + FLOAT32)
     last = _cached(architecture, setting, length) + max(logits, growing)
+    # What was read is kept for prompts that begin alike: the prompts, and at most the answers of as many rows again.
     kept = min(PREFIX_BYTES, rows * setting.evaluation_longest * _token(architecture, setting))
-    return Range(prompts, prompts, prompts + repeated).or_more(exactly(last)) + Range(0, kept, PREFIX_BYTES)
+    most = min(PREFIX_BYTES, 2 * _cached(architecture, setting, length))
+    return Range(prompts, prompts, prompts + repeated).or_more(exactly(last)) + Range(0, kept, most)
