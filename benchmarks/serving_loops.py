@@ -22,8 +22,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from peftkit.backbone.load import Backbone
 from peftkit.backbone.quiet import quiet
-from peftkit.generation.engine import Engine, Limits
+from peftkit.generation.engine import Engine
 from peftkit.generation.fleet.fleet import Fleet
+from peftkit.generation.limits import Limits
 from peftkit.generation.requests import Request
 from peftkit.registry.store import Registry
 

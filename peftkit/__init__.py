@@ -19,7 +19,7 @@ _PUBLIC = {
     "Fleet": "peftkit.generation.fleet.fleet",
     "How": "peftkit.deltas.combining.methods",
     "LayerwiseSpec": "peftkit.training.layerwise",
-    "Limits": "peftkit.generation.engine",
+    "Limits": "peftkit.generation.limits",
     "MEMORY_PRESETS": "peftkit.training.spec",
     "Order": "peftkit.release.merge",
     "PeftkitError": "peftkit.errors",
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from peftkit.evaluation.spec import EvaluateSpec
     from peftkit.generation.answer import ask
     from peftkit.generation.bulk.bulk import generate_file
-    from peftkit.generation.engine import Limits
     from peftkit.generation.fleet.fleet import Fleet
+    from peftkit.generation.limits import Limits
     from peftkit.generation.opening import engine_over, find_base, open_engine
     from peftkit.generation.requests import Request, Sampling
     from peftkit.recipe import Run

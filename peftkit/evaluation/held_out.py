@@ -20,6 +20,7 @@ from peftkit.evaluation.spec import EvaluateSpec
 from peftkit.events import Note, Phase, Progress, Report, Warned, silent
 from peftkit.generation.forward import autocast, row_nll
 from peftkit.generation.generate import generate
+from peftkit.generation.limits import positions_of
 from peftkit.generation.requests import Completion
 
 ANSWERS_PER_ROW = 3
@@ -82,7 +83,7 @@ def _answers(
     model: Any, prompts: Sequence[list[int]], spec: EvaluateSpec, backbone: Backbone, report: Report
 ) -> list[Completion]:
     """An answer to every prompt; one that the base has no positions for counts as unanswered, and is told."""
-    positions = _positions(backbone)
+    positions = positions_of(backbone.model)
     fitting = [i for i, prompt in enumerate(prompts) if positions is None or len(prompt) < positions]
     if len(fitting) < len(prompts):
         count = f"{len(prompts) - len(fitting)} of {len(prompts)}"
@@ -101,11 +102,6 @@ def _answers(
     for i, answer in zip(fitting, done, strict=True):
         answers[i] = answer
     return answers
-
-
-def _positions(backbone: Backbone) -> int | None:
-    config = backbone.model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
 
 
 def compare(
@@ -159,7 +155,7 @@ def _that_fit(
     sets: list[tuple[str, list[list[int]]]], backbone: Backbone, report: Report
 ) -> list[tuple[str, list[list[int]]]]:
     """The sets whose prompts leave the base room for an answer; the others are named and left out."""
-    positions = _positions(backbone)
+    positions = positions_of(backbone.model)
     fitting = []
     for name, prompts in sets:
         longest = max(len(prompt) for prompt in prompts)

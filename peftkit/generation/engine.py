@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,27 +20,12 @@ from peftkit.generation.choose import UNDECIDED, choose_all
 from peftkit.generation.constrain import Grammar
 from peftkit.generation.forward import autocast
 from peftkit.generation.lanes import Lane, Scored, lane_for
+from peftkit.generation.limits import Limits
 from peftkit.generation.prefixes import WORTH_SHARING, Prefixes, common
 from peftkit.generation.requests import Completion, Finish, Request
 from peftkit.generation.rows import bytes_per_token
 from peftkit.generation.running import Row, Ticket
 from peftkit.generation.seats import Adapters, Computes, Seat
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an engine may take."""
-
-    rows: int = 16
-    """Requests that are answered at once."""
-    waiting: int | None = None
-    """Requests that may wait for a row; None is any number."""
-    prompt_tokens: int = 2048
-    """Tokens of prompts read in one pass, so that a long prompt does not hold up the answers on their way."""
-    cache_bytes: int | None = None
-    """Memory for the keys and values of running rows; None is whatever the rows need."""
-    prefix_bytes: int = 64 << 20
-    """Memory for the keys and values of prompts that were read, for prompts that begin alike."""
 
 
 class Engine:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from peftkit.base.tokenizer import Tokenizer
-from peftkit.generation.engine import Engine, Limits
+from peftkit.generation.engine import Engine
+from peftkit.generation.limits import Limits, positions_of
 from peftkit.generation.requests import Completion, Request, Sampling
 from peftkit.generation.running import Ticket
 from peftkit.generation.seats import One
@@ -38,7 +39,7 @@ def generate(
         tokenizer,
         device=device,
         vocabulary=config.vocab_size,
-        positions=getattr(config, "max_position_embeddings", None),
+        positions=positions_of(model),
         limits=Limits(rows=batch_size),
     )
     requests = [

@@ -18,8 +18,9 @@ from peftkit.data.audit import recorded_rendering
 from peftkit.data.template import Rendering
 from peftkit.errors import AdapterNotFound
 from peftkit.events import Report, silent
-from peftkit.generation.engine import Engine, Limits
+from peftkit.generation.engine import Engine
 from peftkit.generation.fleet.fleet import Fleet
+from peftkit.generation.limits import Limits, positions_of
 from peftkit.registry.store import Version
 from peftkit.tuning.attach import quant_of
 
@@ -111,7 +112,7 @@ def engine_over(fleet: Fleet, limits: Limits | None = None) -> Engine:
         device=backbone.device,
         vocabulary=config.vocab_size,
         compute_dtype=backbone.placement.compute_dtype,
-        positions=getattr(config, "max_position_embeddings", None),
+        positions=positions_of(backbone.model),
         limits=limits,
     )
 

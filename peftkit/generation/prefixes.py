@@ -75,11 +75,6 @@ class Prefixes:
         """Whether all of `tokens` can be taken from what was read."""
         return any(key[0] == digest and key[1][: len(tokens)] == tokens for key in self._entries)
 
-    def forget(self, digest: str) -> None:
-        """Drop what one adapter has read."""
-        for key in [key for key in self._entries if key[0] == digest]:
-            self._drop(key)
-
     def _drop(self, key: tuple[str, tuple[int, ...]]) -> None:
         self.bytes -= self._entries.pop(key).bytes
 

@@ -19,9 +19,9 @@ BYTES_PER_LOGIT = 10
 ANSWERS_PER_ROW = 3
 """`evaluation.held_out.ANSWERS_PER_ROW`: answers generated at once, for each row that is measured at once."""
 PROMPT_TOKENS = 2048
-"""`generation.engine.Limits.prompt_tokens`: tokens of prompts that are read in one pass."""
+"""`generation.limits.Limits.prompt_tokens`: tokens of prompts that are read in one pass."""
 PREFIX_BYTES = 64 << 20
-"""`generation.engine.Limits.prefix_bytes`: keys and values kept for prompts that begin alike."""
+"""`generation.limits.Limits.prefix_bytes`: keys and values kept for prompts that begin alike."""
 _ROUND = 64  # `generation.rows`: tokens that a row grows by
 
 

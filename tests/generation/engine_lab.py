@@ -12,7 +12,8 @@ from tiny_families import FAMILIES
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.errors import AdapterNotFound
-from peftkit.generation.engine import Engine, Limits
+from peftkit.generation.engine import Engine
+from peftkit.generation.limits import Limits
 from peftkit.generation.requests import Request
 from peftkit.generation.running import Ticket
 from peftkit.generation.seats import NO_SLOT, Alone, Seat

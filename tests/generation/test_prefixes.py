@@ -12,7 +12,7 @@ from peftkit.generation.rows import Kept
 BYTES = 8  # of one token: one layer, keys and values, a float each
 SHORT = st.lists(st.integers(0, 1), max_size=6).map(tuple)
 TOKENS = st.builds(lambda head, tail: (7,) * head + tail, st.sampled_from([0, 15, 16, 17, 20]), SHORT)
-STEPS = st.lists(st.tuples(st.sampled_from(["keep", "longest", "forget"]), st.sampled_from("ab"), TOKENS), max_size=25)
+STEPS = st.lists(st.tuples(st.sampled_from(["keep", "longest"]), st.sampled_from("ab"), TOKENS), max_size=25)
 
 
 def kept(digest: str, tokens: tuple[int, ...]) -> Kept:
@@ -29,10 +29,7 @@ def test_what_is_found_belongs_to_the_digest_and_to_the_tokens(
     prefixes = Prefixes(room * BYTES)
     held: list[tuple[str, tuple[int, ...]]] = []  # least recently used first
     for what, digest, tokens in steps:
-        if what == "forget":
-            prefixes.forget(digest)
-            held = [entry for entry in held if entry[0] != digest]
-        elif what == "keep":
+        if what == "keep":
             prefixes.keep(digest, tokens, kept(digest, tokens))
             if WORTH_SHARING <= len(tokens) <= room:
                 held = [e for e in held if not (e[0] == digest and e[1] == tokens[: len(e[1])])] + [(digest, tokens)]

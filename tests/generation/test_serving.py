@@ -20,8 +20,9 @@ from generation.serving_lab import Oracle, check_seats
 from tuning.method_zoo import save_method, save_tensors
 
 from peftkit.errors import EngineBusy
-from peftkit.generation.engine import Engine, Limits
+from peftkit.generation.engine import Engine
 from peftkit.generation.fleet.fleet import Fleet
+from peftkit.generation.limits import Limits
 from peftkit.generation.opening import engine_over
 from peftkit.generation.running import Ticket
 from peftkit.registry.store import Version

@@ -23,9 +23,9 @@ from hypothesis.stateful import (
 from tuning.method_zoo import save_method
 
 from peftkit.errors import AdapterDamaged, AdapterNotFound, TuningError
-from peftkit.generation.engine import Limits
 from peftkit.generation.fleet import fleet as fleet_module
 from peftkit.generation.fleet.fleet import Fleet
+from peftkit.generation.limits import Limits
 from peftkit.generation.opening import engine_over
 from peftkit.generation.running import Ticket
 from peftkit.registry.store import Version

@@ -17,8 +17,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from peftkit.backbone.quantize import quantize
 from peftkit.data.chat import IGNORED, Example
 from peftkit.evaluation.held_out import ANSWERS_PER_ROW
-from peftkit.generation.engine import Limits
 from peftkit.generation.forward import LOGITS_BYTES, row_nll, token_nll
+from peftkit.generation.limits import Limits
 from peftkit.generation.rows import rounded
 from peftkit.planning import evaluation as planned
 from peftkit.planning.activations import activations

@@ -21,7 +21,7 @@ from peftkit.generation.bulk.answers_file import AnswersFile, refuse_place
 from peftkit.generation.bulk.who import Who, reference, what_answers_depend_on
 from peftkit.generation.check import check
 from peftkit.generation.constrain import Grammar
-from peftkit.generation.engine import Limits
+from peftkit.generation.limits import Limits
 from peftkit.generation.opening import Opened, find_base, open_engine
 from peftkit.generation.requests import Completion, Request, Sampling
 from peftkit.generation.running import Ticket
