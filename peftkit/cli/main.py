@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 # Before transformers or huggingface_hub are imported: no telemetry, no advice about tokenizer threads.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 import typer
 

@@ -131,6 +131,9 @@ def gc(
     trunks: Annotated[
         bool, typer.Option("--trunks", help="Also cached trunks (train.trunk_cache), which a run computes again.")
     ] = False,
+    encoded: Annotated[
+        bool, typer.Option("--encoded", help="Also encoded rows in the cache, which a run encodes again.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list.")] = False,
     runs: RunsRoot = None,
     as_json: AsJson = False,
@@ -147,6 +150,12 @@ def gc(
         store = TrunkStore(locations.cache_root().path)
         cached = store.kept() if dry_run else store.remove()
         removed = replace(removed, paths=(*removed.paths, *((str(each.path), each.bytes) for each in cached)))
+    if encoded:
+        from peftkit.data.encoded_store import EncodedStore
+
+        rows = EncodedStore(locations.cache_root().path)
+        found = rows.kept() if dry_run else rows.remove()
+        removed = replace(removed, paths=(*removed.paths, *((str(each.path), each.bytes) for each in found)))
     _show_removed(removed, "would remove" if dry_run else "removed", as_json)
 
 

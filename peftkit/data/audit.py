@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.encoded import lengths
+from peftkit.data.encoded_key import digest_rows
+from peftkit.data.encoded_store import EncodedStore
 from peftkit.data.findings.finding import Finding, Seen, Tally
 from peftkit.data.formats import Dataset, Row, load_rows
-from peftkit.data.overlap import ngram_overlap
+from peftkit.data.overlap import highest_overlap, prompts
 from peftkit.data.part import Encoding, Part, attempt, encode
 from peftkit.data.spec import DataSpec, recorded_rendering
 from peftkit.data.split import split
@@ -42,7 +46,7 @@ class Audit:
         """Tokens per sequence: counts between edges."""
         from peftkit.data.findings.lengths import histogram
 
-        return histogram([*self.train.examples, *self.held_out.examples])
+        return histogram(self.train.examples, self.held_out.examples)
 
     def record(self) -> dict[str, Any]:
         """What `audit.json` of a run holds. Its excerpts come from the rows, so it stays in the run's folder."""
@@ -54,12 +58,17 @@ class Audit:
         }
 
 
-def audit(spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Report = silent) -> Audit:
+def audit(
+    spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Report = silent, cache: Path | None = None
+) -> Audit:
     """Read, encode and examine training and held-out rows; `limit` is the base's longest sequence.
+
+    What takes long is kept below the folder `cache`, if one is given, and found there the next time; not with
+    `spec.cache` switched off.
 
     Raises DataError listing every finding that makes the run certainly wrong, unless `data.accept` names its rule.
     """
-    result = inspect(spec, tokenizer, limit, report)
+    result = inspect(spec, tokenizer, limit, report, cache)
     for finding in result.findings:
         if finding.severity == "warning":
             report(Warned(f"{finding.text}: {_places(finding)}" if finding.examples else finding.text, finding.mend))
@@ -68,9 +77,11 @@ def audit(spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Repor
     return result
 
 
-def inspect(spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Report = silent) -> Audit:
+def inspect(
+    spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Report = silent, cache: Path | None = None
+) -> Audit:
     """As `audit`, but findings that would stop a run are returned with the others."""
-    from peftkit.data.findings.apart import examine_apart
+    from peftkit.data.findings.kept import examine
     from peftkit.data.findings.lengths import check_all
 
     if spec.train is None:
@@ -86,11 +97,13 @@ def inspect(spec: DataSpec, tokenizer: Tokenizer, limit: int | None, report: Rep
     if spec.max_length and limit and spec.max_length > limit:
         report(Warned(f"data.max_length={spec.max_length} is above the base's longest sequence, so {limit} holds"))
     other = (Path(against.source).name, against.rows) if against else None
-    examined = examine_apart(train_rows, held_rows, tokenizer.control, other)
-    train = attempt(train_rows, train_set, "train", tokenizer, spec, length)
-    held = attempt(held_rows, held_set, "held_out", tokenizer, spec, length)
-    overlap = ngram_overlap(_prompts(held_rows), _prompts(train_rows)).highest
-    tally = examined()
+    store = EncodedStore(cache, report) if cache is not None and spec.cache else None
+    digests = (digest_rows(train_rows), digest_rows(held_rows)) if store is not None else ("", "")
+    asked = partial(highest_overlap, held_rows, train_rows)
+    examined = examine(train_rows, held_rows, tokenizer.control, other, asked, store, digests)
+    train = attempt(train_rows, train_set, "train", tokenizer, spec, length, store=store, sha256=digests[0])
+    held = attempt(held_rows, held_set, "held_out", tokenizer, spec, length, store=store, sha256=digests[1])
+    tally, overlap = examined()
     for dataset in (train_set, held_set) if spec.held_out else (train_set,):
         problems = [
             Seen(str(problem.where), str(problem).removeprefix(f"{problem.where}: ")) for problem in dataset.problems
@@ -146,22 +159,13 @@ def _split_keys(rows: Sequence[Row]) -> list[str]:
     A question with several answers would otherwise stand on both sides: in e2e_nlg, behind every held-out row.
     """
     contents = [repr((row.messages, row.text)) for row in rows]
-    questions = [prompt or content for prompt, content in zip(_prompts(rows), contents, strict=True)]
+    questions = [prompt or content for prompt, content in zip(prompts(rows), contents, strict=True)]
     if len(set(questions)) < 2:
         return contents
     least: dict[str, str] = {}
     for question, content in zip(questions, contents, strict=True):
         least[question] = min(content, least.get(question, content))
     return [least[question] for question in questions]
-
-
-def _prompts(rows: Sequence[Row]) -> list[str]:
-    return [
-        row.text
-        if row.text is not None
-        else "\n".join(str(m.get("content") or "") for m in row.messages if m["role"] not in ("assistant", "system"))
-        for row in rows
-    ]
 
 
 def _losses(encoding: Encoding, spec: DataSpec, length: int | None, tally: Tally) -> None:
@@ -196,7 +200,7 @@ def _report_counts(data: Audit, report: Report) -> None:
             len(part.examples),
             part.tokens,
             part.answer_tokens,
-            max((len(example.input_ids) for example in part.examples), default=0),
+            int(lengths(part.examples).max(initial=0)),
             len(part.dropped),
             len(part.truncated),
         )

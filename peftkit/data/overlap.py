@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from peftkit.data.formats import Row
 from peftkit.errors import ConfigError, DataError
 
 # Chinese and Japanese are written without spaces: there a character counts as a word
@@ -54,6 +55,24 @@ def ngram_overlap(held_out: Sequence[str], train: Sequence[str], n: int = 8) -> 
         rows_sharing=sum(share > 0 for share in shares),
         exact_duplicates=sum(text in whole for text in held_out),
     )
+
+
+def highest_overlap(held_out: Sequence[Row], train: Sequence[Row]) -> float:
+    """The highest share of a held-out prompt's word 8-grams that occur anywhere in the training prompts.
+
+    Raises DataError without held-out rows.
+    """
+    return ngram_overlap(prompts(held_out), prompts(train)).highest
+
+
+def prompts(rows: Sequence[Row]) -> list[str]:
+    """What the user and tools say in each row; a plain text whole."""
+    return [
+        row.text
+        if row.text is not None
+        else "\n".join(str(m.get("content") or "") for m in row.messages if m["role"] not in ("assistant", "system"))
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,13 @@ from typing import Any, Literal
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.chat import Example, encode_rows
+from peftkit.data.encoded import MANY, EncodedRows, Gathering, answer_tokens, lengths
+from peftkit.data.encoded_key import digest_rows, encoding_key
+from peftkit.data.encoded_store import EncodedStore, Entry
 from peftkit.data.formats import Dataset, Row
 from peftkit.data.spec import DataSpec
 from peftkit.errors import DataError
+from peftkit.events import Note, Warned
 
 _LISTED = 5
 Role = Literal["train", "held_out"]
@@ -26,7 +30,8 @@ class Part:
     source: str
     sha256: str
     rows: tuple[Row, ...]
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
+    """A tuple; of many tokens `EncodedRows`, which builds an example when it is asked for."""
     dropped: tuple[str, ...]
     """Places of rows that are left out: too long, or without any answer left."""
     truncated: tuple[str, ...]
@@ -36,12 +41,12 @@ class Part:
     @property
     def tokens(self) -> int:
         """All tokens."""
-        return sum(len(example.input_ids) for example in self.examples)
+        return int(lengths(self.examples).sum())
 
     @property
     def answer_tokens(self) -> int:
         """Tokens the loss falls on."""
-        return sum(example.answer_tokens for example in self.examples)
+        return int(answer_tokens(self.examples).sum())
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: digests and counts, no rows."""
@@ -88,10 +93,78 @@ def encode(
 
 
 def attempt(
-    rows: Sequence[Row], source: Dataset, role: Role, tokenizer: Tokenizer, spec: DataSpec, length: int | None
+    rows: Sequence[Row],
+    source: Dataset,
+    role: Role,
+    tokenizer: Tokenizer,
+    spec: DataSpec,
+    length: int | None,
+    *,
+    store: EncodedStore | None = None,
+    sha256: str | None = None,
 ) -> Encoding:
-    """Encode what can be encoded, and list the rest."""
-    examples: list[Example] = []
+    """Encode what can be encoded, and list the rest.
+
+    With a `store`, what was encoded before is taken from it, and many tokens are kept in it; `sha256` is what
+    `digest_rows` says of the rows, where that is known.
+    """
+    key = encoding_key(sha256 or digest_rows(rows), tokenizer, spec, length) if store is not None else None
+    if store is None or key is None:
+        return _encoded(rows, source, role, tokenizer, spec, length)
+    entry = store.load(key)
+    if entry is not None:
+        facts, examples = entry.facts, _mapped(entry, store, len(rows))
+        if examples is not None:
+            store.report(Note(f"{role.replace('_', '-')} rows: encoded before, in {entry.folder}"))
+            lost = tuple(facts["dropped"]), tuple(facts["truncated"])
+            part = Part(role, source.source, source.sha256, tuple(rows), examples, *lost, spec.license)
+            return Encoding(part, (), dict(facts["too_long"]))
+    encoding = _encoded(rows, source, role, tokenizer, spec, length, store.many)
+    if entry is not None and entry.folder.is_dir():  # it cannot be used and stays: that was told
+        return encoding
+    return _kept(encoding, store, key)
+
+
+def _mapped(entry: Entry, store: EncodedStore, rows: int) -> EncodedRows | None:
+    """The examples of an entry that was found whole; None where another process has removed it since.
+
+    None too, and a warning, where they cannot be mapped or are not of so many rows.
+    """
+    try:
+        examples = EncodedRows.mapped(entry.folder)
+        if examples.of(rows):
+            return examples
+        reason = f"they are not all of {rows:,} rows"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    store.report(Warned(f"the encoded rows {entry.folder} are not used: {reason}", "`peftkit runs gc --encoded`"))
+    return None
+
+
+def _kept(encoding: Encoding, store: EncodedStore, key: dict[str, Any]) -> Encoding:
+    """The same encoding, its rows mapped; few rows and refused ones are not kept, as there is little to save."""
+    part = encoding.part
+    if not isinstance(part.examples, EncodedRows) or encoding.refused:
+        return encoding
+    too_long = list(map(list, encoding.too_long.items()))
+    facts = {"dropped": part.dropped, "truncated": part.truncated, "too_long": too_long}
+    entry = store.save(key, facts, part.examples.write)
+    examples = _mapped(entry, store, len(part.rows)) if entry is not None else None
+    return replace(encoding, part=replace(part, examples=examples)) if examples is not None else encoding
+
+
+def _encoded(
+    rows: Sequence[Row],
+    source: Dataset,
+    role: Role,
+    tokenizer: Tokenizer,
+    spec: DataSpec,
+    length: int | None,
+    many: int = MANY,
+) -> Encoding:
+    examples = Gathering(many)
     # By place, in order: a row of several sequences is one row to its author.
     dropped: dict[str, None] = {}
     truncated: dict[str, None] = {}
@@ -113,9 +186,9 @@ def attempt(
                 continue
             if kept is not example:
                 truncated[example.where] = None
-            examples.append(kept)
+            examples.add(kept)
     lost = tuple(dropped), tuple(truncated)
-    part = Part(role, source.source, source.sha256, tuple(rows), tuple(examples), *lost, spec.license)
+    part = Part(role, source.source, source.sha256, tuple(rows), examples.done(), *lost, spec.license)
     return Encoding(part, tuple(refused), too_long)
 
 

@@ -46,6 +46,11 @@ class DataSpec(Spec):
     """A file of rows that must not be learned, such as a benchmark: training rows that hold one of them are found."""
     accept: tuple[str, ...] = ()
     """Rules of the audit whose findings are meant so, such as [leak]; they are reported, and neither stop nor warn."""
+    cache: bool = True
+    """Whether encoded rows and findings are kept in the cache folder, for runs after this one; no figure depends on it.
+
+    Without it nothing is kept there, and nothing taken from it.
+    """
     license: str | None = None
     """Licence of the rows, such as cc-by-4.0; it is kept with the adapter and stands on its model card."""
 

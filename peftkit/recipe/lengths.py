@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from peftkit.data.chat import IGNORED, Example
+from peftkit.data.encoded import lengths, longest
 
 _ASSUMED = 1024
 """Longest row of a plan that is made before there are rows, where no setting says."""
@@ -35,20 +36,17 @@ class Lengths:
     @classmethod
     def of(cls, train: Sequence[Example], held_out: Sequence[Example], rows_at_once: int) -> Lengths:
         """Those of encoded rows; the head is computed where any of the longest `rows_at_once` has a label."""
-        by_length = sorted(train, key=lambda row: len(row.input_ids), reverse=True)
-        labelled = {
-            at for row in by_length[:rows_at_once] for at, label in enumerate(row.labels[1:]) if label != IGNORED
-        }
-        total = sum(len(row.input_ids) for row in train)
-        held = [len(row.input_ids) for row in held_out]
+        longest_rows = longest(train, rows_at_once)
+        labelled = {at for row in longest_rows for at, label in enumerate(row.labels[1:]) if label != IGNORED}
+        learned, held = lengths(train), lengths(held_out)
         return cls(
-            longest=len(by_length[0].input_ids),
+            longest=int(learned.max()),
             labelled=max(1, len(labelled)),
-            held_out_longest=max(held, default=1),
-            mean=total / len(train),
+            held_out_longest=int(held.max(initial=1)),
+            mean=int(learned.sum()) / len(train),
             rows=len(train),
             held_out_rows=len(held),
-            held_out_mean=sum(held) / len(held) if held else 0.0,
+            held_out_mean=int(held.sum()) / len(held) if len(held) else 0.0,
         )
 
     def at_most(self, limit: int) -> Lengths:

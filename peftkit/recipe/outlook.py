@@ -43,14 +43,14 @@ def outlook(
     shape = architecture(config)
     if "vision_config" in config:
         report(Warned("the plan is that of the language model alone: this base sees images too", None))
-    lengths = _lengths(given, located.folder, report)
+    lengths = _lengths(given, located.folder, cache, report)
     if fit:
         resolved = fitted(resolved, given.adapter, shape, lengths, target, report, shorter=shorter)
     planned = replace(groups(resolved.config), adapter=given.adapter)
     return forecast(shape, planned, _cut(lengths, resolved), target), resolved
 
 
-def _lengths(given: Groups, folder: Path, report: Report) -> Lengths:
+def _lengths(given: Groups, folder: Path, cache: Path, report: Report) -> Lengths:
     limit = longest_sequence(read_config(folder))
     if given.data.train is None:
         lengths = Lengths.assumed(given.data.max_length)
@@ -60,7 +60,7 @@ def _lengths(given: Groups, folder: Path, report: Report) -> Lengths:
     from peftkit.base.tokenizer import load_tokenizer
     from peftkit.data.audit import audit
 
-    data = audit(given.data, load_tokenizer(folder), limit, report)
+    data = audit(given.data, load_tokenizer(folder), limit, report, cache)
     return Lengths.of(data.train.examples, data.held_out.examples, given.train.rows_per_step)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftkit.data.chat import Example
+from peftkit.data.encoded import EncodedRows
 from peftkit.errors import RunError
 
 Bound = dict[str, dict[str, Any]]
@@ -29,6 +30,7 @@ _MAY_CHANGE = (
     "evaluate.",
     "save_as",
     "data.license",
+    "data.cache",
     # What these name is compared by content, in the groups `data` and `base`.
     "data.train",
     "data.held_out",
@@ -46,6 +48,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def rows_digest(examples: Sequence[Example]) -> str:
     """SHA-256 over the token ids and labels of all rows, in their order."""
+    if isinstance(examples, EncodedRows):
+        return examples.sha256
     digest = hashlib.sha256()
     for example in examples:
         digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())

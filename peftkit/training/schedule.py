@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from peftkit.data.chat import Example
+from peftkit.data.encoded import lengths
 from peftkit.errors import TrainingError
 from peftkit.training.spec import TrainSpec
 
@@ -35,10 +36,10 @@ def schedule(examples: Sequence[Example], spec: TrainSpec) -> Schedule:
     while len(order) < rows_wanted:
         order += torch.randperm(len(examples), generator=generator).tolist()
     steps: list[tuple[int, ...]] = []
-    tokens = 0
+    costs, tokens = lengths(examples).tolist(), 0
     for start in range(0, rows_wanted, size):
         rows = tuple(order[start : min(start + size, rows_wanted)])
-        cost = sum(len(examples[i].input_ids) for i in rows)
+        cost = sum(costs[i] for i in rows)
         if spec.max_tokens and tokens + cost > spec.max_tokens:
             break
         steps.append(rows)

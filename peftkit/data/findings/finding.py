@@ -130,10 +130,24 @@ class Tally:
 
     def say(self, rule: str, count: int, detail: str = "", examples: Iterable[Seen] = ()) -> None:
         """Count something of the set as a whole, or give the words that go with what was counted by row."""
-        self._counts[rule] += count
+        self._counts[rule] += int(count)  # not an integer of numpy, which JSON does not take
         self._details[rule] = detail
         kept = self._examples.setdefault(rule, [])
         kept.extend(list(examples)[: LISTED - len(kept)])
+
+    def as_record(self) -> dict[str, Any]:
+        """What was counted, as plain JSON values. Which row was last is not in it: add no hits of rules it has."""
+        examples = {rule: [[seen.where, seen.excerpt] for seen in kept] for rule, kept in self._examples.items()}
+        return {"totals": self.totals, "counts": self._counts, "details": self._details, "examples": examples}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Tally:
+        """The tally that `as_record` wrote."""
+        tally = cls(0, 0)
+        tally.totals, tally._details = dict(record["totals"]), dict(record["details"])
+        tally._counts = Counter(record["counts"])
+        tally._examples = {rule: [Seen(*pair) for pair in kept] for rule, kept in record["examples"].items()}
+        return tally
 
     def findings(self, accept: Iterable[str] = ()) -> tuple[Finding, ...]:
         """Every rule that was hit: errors first, then in the order of the table."""
