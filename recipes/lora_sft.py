@@ -3,7 +3,7 @@
     peftkit train lora_sft base=Qwen/Qwen3-4B data.train=tickets.jsonl save_as=tickets
     python recipes/lora_sft.py --preset cpu data.train=tickets.jsonl
 
-Hu et al. 2021, arXiv 2106.09685. On a CPU 16 bits compute in float32; quant.bits=32 asks for that everywhere.
+Hu et al. 2021, arXiv 2106.09685. On a CPU 16 bits compute in float32 by default, 32 bits everywhere.
 """
 
 import sys

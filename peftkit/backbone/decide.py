@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import is_flash_attn_2_available
 
+from peftkit.backbone.measured import Measure, measure, measured_dtype
 from peftkit.backbone.spec import QuantSpec, compute_dtype
 from peftkit.errors import BackboneError
 from peftkit.events import Decision
@@ -24,13 +25,14 @@ class Placement:
     decisions: tuple[Decision, ...]
 
 
-def place(spec: QuantSpec, *, fused: bool = True) -> Placement:
+def place(spec: QuantSpec, *, fused: bool = True, timing: Measure = measure) -> Placement:
     """Decide device, dtypes and attention kernel for `spec` on this machine; not `fused`: the model takes eager alone.
 
+    `timing` is asked where `compute_dtype=measured` is left to a measurement.
     Raises BackboneError when the spec asks for what the machine or the bit width does not have.
     """
-    device, device_why = _device(spec)
-    compute, compute_why = _compute_dtype(spec, device)
+    device, device_why = device_of(spec)
+    compute, compute_why = _compute_dtype(spec, device, timing)
     dtype, dtype_why = _plain_dtype(spec, compute)
     attention, attention_why = _attention(spec, device, compute, fused)
     decisions = (
@@ -59,7 +61,8 @@ def optimizer(device: torch.device, quantized: bool, *, sharded: bool = False) -
     return Decision("optimizer", "adamw_torch_fused", "CUDA, weights not quantized: one fused kernel per step")
 
 
-def _device(spec: QuantSpec) -> tuple[torch.device, str]:
+def device_of(spec: QuantSpec) -> tuple[torch.device, str]:
+    """The device that `spec` asks for on this machine, and the reason. Raises BackboneError where there is none."""
     available = torch.cuda.is_available()
     if spec.device == "cuda" and not available:
         raise BackboneError(
@@ -80,8 +83,11 @@ def _device(spec: QuantSpec) -> tuple[torch.device, str]:
     return torch.device("cuda", index), f"{name}, SM {major}.{minor}"
 
 
-def _compute_dtype(spec: QuantSpec, device: torch.device) -> tuple[torch.dtype, str]:
-    if spec.compute_dtype != "auto":
+def _compute_dtype(spec: QuantSpec, device: torch.device, timing: Measure) -> tuple[torch.dtype, str]:
+    if spec.compute_dtype == "measured" and device.type == "cpu":
+        found, why = measured_dtype(spec.bits, timing)
+        return getattr(torch, found), why
+    if spec.compute_dtype not in ("auto", "measured"):
         chosen: torch.dtype = getattr(torch, spec.compute_dtype)
         if spec.bits == 32 and chosen != torch.float32:
             raise BackboneError(

@@ -16,10 +16,12 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from peftkit.backbone.contain import contain_bitsandbytes, quantized_linears
 from peftkit.backbone.converted import shapes_only
-from peftkit.backbone.decide import Placement, label, place
+from peftkit.backbone.decide import Placement, device_of, label, place
 from peftkit.backbone.locate import locate
+from peftkit.backbone.measured import block_of, measure
 from peftkit.backbone.quiet import quiet
 from peftkit.backbone.spec import QuantSpec
+from peftkit.backbone.threads import settle_threads
 from peftkit.backbone.upload import agree_with_upload
 from peftkit.base.identity import BaseIdentity, identify, weight_files
 from peftkit.base.places import remember_place
@@ -85,7 +87,11 @@ def load_backbone(
     quant = agree_with_upload(quant, config, located.source)
     _refuse_remote_code(config, located.source)
     weight_files(located.folder)
-    placement = place(quant, fused=_takes_sdpa(config))
+    if device_of(quant)[0].type == "cpu":
+        report(settle_threads())  # before anything is timed or computed with them
+    placement = place(quant, fused=_takes_sdpa(config), timing=lambda: measure(block_of(config)))
+    if quant.compute_dtype == "measured":  # from here on it is what was found
+        quant = quant.model_copy(update={"compute_dtype": _plain(placement.compute_dtype)})
     for decision in placement.decisions:
         report(decision)
     identity = identify(located.folder, cache)

@@ -14,7 +14,10 @@ def compute_dtype(bits: int, capability: tuple[int, int] | None) -> tuple[Dtype,
     if bits == 32:
         return "float32", "32 bits asked for"
     if capability is None:
-        return "float32", "CPU: exact, and as fast as bfloat16 here (docs/decisions/0003-compute-dtype-on-cpu.md)"
+        return (
+            "float32",
+            "CPU: exact; quant.compute_dtype=measured takes bfloat16 where it is faster",
+        )
     model = f"SM {capability[0]}.{capability[1]}"
     if capability >= (8, 0):
         return "bfloat16", f"{model} has bfloat16"
@@ -33,14 +36,23 @@ class QuantSpec(Spec):
     """The 4-bit code: nf4 fits normally distributed weights best (QLoRA, arXiv 2305.14314, section 3)."""
     double_quant: bool = True
     """Quantize the 4-bit code's block constants too: 4.127 instead of 4.5 bits per weight."""
-    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of matrix products; auto decides by device and says why."""
+    compute_dtype: Literal["auto", "measured", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of matrix products; auto decides by device and says why.
+
+    measured is auto on CUDA; on a CPU it times float32 and bfloat16 for a second and takes bfloat16 where it is faster.
+    """
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of what is not quantized (embeddings, norms, head); auto takes the compute dtype."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when torch can use it."""
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
     """Attention kernel; auto takes flash_attention_2 when it is installed and can run, sdpa otherwise."""
+
+    def planned_compute_dtype(self, capability: tuple[int, int] | None) -> Dtype:
+        """The dtype to plan with for a CUDA capability, or None for a CPU; `measured` counts as float32, the larger."""
+        if self.compute_dtype == "auto" or self.compute_dtype == "measured":
+            return compute_dtype(self.bits, capability)[0]
+        return self.compute_dtype
 
     @property
     def label(self) -> str:

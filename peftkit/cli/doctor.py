@@ -50,11 +50,26 @@ def doctor(
         "cache": locations.cache_root(),
     }
     facts: list[tuple[str, Any]] = [*versions().items(), *hardware().items(), *diagnose().items()]
+    facts += _cpu().items()
     for name, place in places.items():
         facts.append((name, f"{place.path}  ({place.reason})"))
         parent = next(p for p in (place.path, *place.path.parents) if p.exists())
         facts.append((f"free disk for {name}", render.size(shutil.disk_usage(parent).free)))
     show(dict(facts), as_json=as_json, text=render.facts(facts))
+
+
+def _cpu() -> dict[str, str]:
+    """Threads, and whether bfloat16 is faster on this CPU."""
+    from peftkit.backbone.measured import measure
+    from peftkit.backbone.threads import settle_threads
+
+    threads = settle_threads()  # as a backbone does when it is loaded
+    found = measure()
+    hint = "; to use it: quant.compute_dtype=measured" if found.faster else ""
+    return {
+        "threads": f"{threads.choice} ({threads.reason})",
+        "products on the CPU": found.text + hint,
+    }
 
 
 def _examine(device: Any, base: str | None, out: Path | None, as_json: bool) -> None:

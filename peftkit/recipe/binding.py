@@ -12,6 +12,7 @@ from peftkit.recipe.files import Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from peftkit.backbone.load import Backbone
+    from peftkit.backbone.spec import QuantSpec
     from peftkit.data.audit import Audit
 
 
@@ -47,6 +48,13 @@ class Binding:
         counts: dict[str, Any] = {f"{name} sequences": len(examples) for name, examples in parts.items()}
         digests = {f"SHA-256 of {name} rows": rows_digest(examples)[:16] for name, examples in parts.items()}
         self._bind(data=counts | digests)
+
+    def held_to(self, quant: QuantSpec) -> QuantSpec:
+        """`quant` with the compute dtype that the run began with, where that was measured then."""
+        found = (self.then or {}).get("base", {}).get("compute dtype")
+        if quant.compute_dtype != "measured" or found is None:
+            return quant
+        return quant.model_copy(update={"compute_dtype": found})
 
     def base(self, backbone: Backbone) -> None:
         """Bind to the base by content, and to how it is held."""

@@ -82,7 +82,7 @@ def _settings(version: Version, recipe: Recipe, runs: Path, overrides: Sequence[
         raise RunError(f"{version.reference} was not made by a recipe", expected="an adapter that peftkit train made")
     if recipe.sha256 != recorded.sha256:
         report(Warned(f"{recipe.path} is not the file that made {version.reference}: it has another digest"))
-    settings = [*_parent_settings(version), *_rate_setting(version)]
+    settings = [*_parent_settings(version), *_rate_setting(version), *_dtype_setting(version)]
     # A manifest may name any run; only the run that says itself that it made this version is believed.
     kept = next((run.path for run in list_runs(runs) if run.saved_as == version.reference), None)
     if kept is not None and (kept / "config.yaml").is_file():
@@ -133,6 +133,15 @@ def _rate_setting(version: Version) -> list[str]:
     left_open = isinstance(asked, Mapping) and "learning_rate" in asked and asked["learning_rate"] is None
     used = done.get("learning_rate") if isinstance(done, Mapping) else None
     return [f"train.learning_rate={json.dumps(used)}"] if left_open and isinstance(used, int | float) else []
+
+
+def _dtype_setting(version: Version) -> list[str]:
+    """The compute dtype that a measurement found then: on another machine, or a busy one, it may find the other."""
+    assert version.manifest.recipe is not None  # the caller's check
+    asked, held = version.manifest.recipe.config.get("quant"), version.manifest.base.quantization or {}
+    found = held.get("compute_dtype")
+    left_open = isinstance(asked, Mapping) and asked.get("compute_dtype") == "measured"
+    return [f"quant.compute_dtype={found}"] if left_open and found in ("float32", "bfloat16") else []
 
 
 def _check_rows(version: Version, config: Any) -> None:

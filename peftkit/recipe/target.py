@@ -10,7 +10,7 @@ from typing import Literal
 
 import psutil
 
-from peftkit.backbone.spec import QuantSpec, compute_dtype
+from peftkit.backbone.spec import QuantSpec
 from peftkit.errors import ConfigError
 from peftkit.planning.devices import find_device, parse_size, usable
 from peftkit.planning.time import Machine, cpu, gpu
@@ -52,7 +52,7 @@ def card(quant: QuantSpec, gpu_name: str | None, budget: str | None) -> Target:
         assert room is not None  # one of the two is given
         return Target("cuda", f"a GPU with {size(room)}", room, _AMPERE, None)
     found = find_device(gpu_name)
-    machine = gpu(found, _compute(quant, found.capability))
+    machine = gpu(found, quant.planned_compute_dtype(found.capability))
     if room is not None:
         room = min(room, usable(found.memory_bytes))
         return Target("cuda", f"{size(room)} of the {found.name}", room, found.capability, machine)
@@ -81,14 +81,10 @@ def _here(quant: QuantSpec) -> Target:
     name, capability = torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0)
     free, total = torch.cuda.mem_get_info(0)
     try:
-        machine = gpu(find_device(name, total), _compute(quant, capability))
+        machine = gpu(find_device(name, total), quant.planned_compute_dtype(capability))
     except ConfigError:  # a card that the table does not know: its speed is for the probe to measure
         machine = None
     return Target("cuda", name, free, capability, machine)
-
-
-def _compute(quant: QuantSpec, capability: tuple[int, int]) -> str:
-    return compute_dtype(quant.bits, capability)[0] if quant.compute_dtype == "auto" else quant.compute_dtype
 
 
 def _cuda() -> bool:

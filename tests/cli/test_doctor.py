@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peftkit.backbone.measured import measure
 from peftkit.recipe import examine, oracle
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -32,6 +33,18 @@ def test_without_a_card_it_says_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_base_and_out_belong_to_an_examination(cli: Cli) -> None:
     assert cli("doctor", "--out", "x.json")[0] == 2
+
+
+def test_threads_and_both_dtypes_are_shown(cli: Cli) -> None:
+    code, out, _ = cli("doctor", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert int(facts["threads"].split()[0]) == torch.get_num_threads()
+    found = measure()  # the one that was shown: it is made once in a process
+    assert found.text in facts["products on the CPU"]
+    assert "float32" in found.text
+    assert "bfloat16" in found.text
+    assert ("quant.compute_dtype=measured" in facts["products on the CPU"]) == found.faster
 
 
 @pytest.mark.usefixtures("short")

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from peftkit import locations
+from peftkit.backbone import measured
+from peftkit.backbone.measured import Timing
 from peftkit.cli.main import main
 from peftkit.errors import RunError
 from peftkit.events import Event, Warned
@@ -83,6 +85,20 @@ def test_without_the_run_the_rows_must_be_named_and_the_base_is_found_by_content
         again(version)
     assert "peftkit reproduce lamps data.train=" in str(caught.value)
     assert again(version, f"data.train={rows}").same
+
+
+@pytest.mark.parametrize("run_kept", [True, False])
+def test_a_measured_dtype_is_the_one_that_was_found(
+    train: Train, rows: Path, run_kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bfloat16 in (0.4, 2.0):  # seconds, against 1.0 in float32: the second time it would be float32
+        monkeypatch.setattr(measured, "_once", lambda block, threads, s=bfloat16: Timing(1.0, s, block, 512, 9))
+        if bfloat16 < 1:
+            version = train("quant.device=cpu", "quant.compute_dtype=measured")
+    if not run_kept:
+        shutil.rmtree(locations.runs_root().path)
+    found = again(version, *([] if run_kept else [f"data.train={rows}"]))
+    assert found.same
 
 
 def test_other_rows_are_refused_before_anything_is_trained(train: Train, rows: Path) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from peftkit import locations
+from peftkit.backbone import measured
+from peftkit.backbone.measured import Timing
 from peftkit.errors import RunError
 from peftkit.events import Event, Phase, Progress, Warned
 from peftkit.recipe import Interrupted, Result, configure, execute, find, load, recipe_and_settings
@@ -118,6 +120,33 @@ def test_a_run_that_died_while_it_was_measured_trains_nothing_again(settings: li
     assert result.saved_as is not None
     assert losses(last()) == trained
     assert not any(isinstance(event, Progress) and "loss" in event.figures for event in said)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_measured_dtype_is_kept_and_not_measured_again(
+    settings: list[str], faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy machine may measure otherwise the second time; the run is still the one that began."""
+    asked = 0
+
+    def once(block: Any, threads: int) -> Timing:
+        nonlocal asked
+        asked += 1
+        first = asked == 1
+        return Timing(1.0, 0.4 if first == faster else 2.0, block, 512, 9)
+
+    monkeypatch.setattr(measured, "_once", once)
+    settings = [*settings, "quant.device=cpu", "quant.compute_dtype=measured"]
+    with pytest.raises(Interrupted):
+        start(settings, at(4, KeyboardInterrupt()))
+    result = resume()
+    assert asked == 1
+    manifest = Registry(locations.registry_root().path).resolve(str(result.saved_as)).manifest
+    assert manifest.base.quantization is not None
+    assert manifest.base.quantization["compute_dtype"] == ("bfloat16" if faster else "float32")
+    plan = json.loads((last().path / "plan.json").read_text())
+    assert plan["setting"]["compute_dtype"] == "float32"
+    assert "planned in float32" in plan["assumed"][0]
 
 
 CHANGES = {
