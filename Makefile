@@ -61,6 +61,7 @@ bench: setup ## Measure; one JSON line per measurement
 	$(BIN)/python benchmarks/registry.py --root /dev/shm
 	$(BIN)/python benchmarks/combine_accuracy.py
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/train_throughput.py
 
 lint: $(STAMP) ## Style, types, layers
 	$(BIN)/ruff check .

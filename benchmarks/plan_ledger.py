@@ -43,10 +43,13 @@ from peftkit.planning.architecture import architecture
 from peftkit.planning.evaluation import generating, measuring
 from peftkit.planning.memory import plan_memory
 from peftkit.planning.setting import Setting
+from peftkit.planning.tokens import tokens_at_once
 from peftkit.training.ledger import Ledger
+from peftkit.training.passes.paths import find_paths
 from peftkit.training.step import Step
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
+from peftkit.tuning.tuned import Tuned
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny_bases import write_tokenizer
@@ -170,7 +173,11 @@ class Model:
     def __init__(self, backbone: Backbone, mode: str, checkpointing: bool) -> None:
         self.base, self.tokenizer = backbone.model, backbone.tokenizer
         self.pad_id = backbone.tokenizer.pad_id
-        self.model = self.base.requires_grad_(True) if mode == "full" else inject(backbone, AdapterSpec(r=R)).model
+        if mode == "full":
+            tuned = Tuned(self.base.requires_grad_(True), backbone, AdapterSpec(method="full"), names=())
+        else:
+            tuned = inject(backbone, AdapterSpec(r=R))
+        self.model, self.paths = tuned.model, find_paths(tuned)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if checkpointing:  # as peftkit does: no gradient is asked for at the embeddings
             self.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -180,9 +187,10 @@ class Model:
         self.step(1, 8, 1)  # makes the optimizer's state
 
     def step(self, batch: int, length: int, micro_batches: int) -> None:
-        """One optimizer step over made rows."""
+        """One optimizer step over made rows, as training runs it."""
         rows = list(made_rows(batch * micro_batches, length))
-        Step(self.model, rows, pad_id=self.pad_id, device=torch.device("cpu")).run(batch)
+        step = Step(self.model, rows, pad_id=self.pad_id, device=torch.device("cpu"), paths=self.paths)
+        step.run(tokens_at_once(batch, length, "cpu"))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -33,6 +33,7 @@ from peftkit.recipe.forecast import what_is_trained
 from peftkit.training.holdings import held
 from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations
+from peftkit.training.passes.paths import find_paths
 from peftkit.training.step import Step
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
@@ -66,9 +67,10 @@ def measured(spec: AdapterSpec, checkpointing: bool, cache: Path) -> dict[str, i
     tuned.model.train()
     optimizer = torch.optim.AdamW(tuned.trainable.values(), foreach=False)
 
+    paths, around = find_paths(tuned), {"pad_id": backbone.tokenizer.pad_id, "device": torch.device("cpu")}
+
     def step(rows: int, tokens: int) -> None:
-        work = list(made_rows(rows, tokens))
-        Step(tuned.model, work, pad_id=backbone.tokenizer.pad_id, device=torch.device("cpu")).run(rows)
+        Step(tuned.model, list(made_rows(rows, tokens)), paths=paths, **around).run(rows * tokens)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

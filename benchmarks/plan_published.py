@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from peftkit.environment import environment
-from peftkit.planning.activations import activations, labelled_positions
+from peftkit.planning.activations import activations
 from peftkit.planning.architecture import Architecture, architecture
 from peftkit.planning.memory import CONTEXT, plan_memory
 from peftkit.planning.setting import Setting
+from peftkit.planning.tokens import labelled_tokens
 from peftkit.planning.weights import largest_tensor, optimizer, trained_parameters, weights
 
 TABLE = Path(__file__).with_name("published_memory.json")
@@ -67,6 +68,7 @@ def setting_of(conditions: dict[str, Any]) -> Setting:
         "r": conditions.get("r", 16),
         "lora_dropout": conditions.get("lora_dropout", 0.0),
         "micro_batch": conditions["rows"],
+        "passes": "plain",
         "rows_per_step": conditions["rows"],
         "longest": conditions["length"],
         "labelled": conditions["length"],
@@ -134,7 +136,7 @@ def step(base: Architecture, setting: Setting, conditions: dict[str, Any]) -> in
     if conditions.get("keeps_inputs"):  # bitsandbytes 0.41 kept the input of 4-bit layers, as our int8 ones do
         setting = replace(setting, bits=8)
     found = activations(base, setting, masked=conditions.get("masked", False))
-    count = labelled_positions(setting) * base.vocabulary
+    count = labelled_tokens(setting) * base.vocabulary
     logits = int(count * LOSSES[conditions.get("loss", "own")])
     passes = found.kept + max(logits, found.hump)
     count = trained_parameters(base, setting)

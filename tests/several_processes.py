@@ -46,7 +46,7 @@ def rows(lengths: list[int], seed: int = 0) -> list[Example]:
     return made
 
 
-def mean_of_means(self: steps.Step, total: float, micro_batch_size: int) -> steps.StepResult:
+def mean_of_means(self: steps.Step, total: float, tokens_at_once: int) -> steps.StepResult:
     """The bug to be caught: each process divides by its own tokens, and the mean over processes is taken."""
     own = sum(label != IGNORED for row in self.share for label in row.labels[1:])
     assert own  # rows for every process in every step
@@ -54,10 +54,10 @@ def mean_of_means(self: steps.Step, total: float, micro_batch_size: int) -> step
     for parameter in self.model.parameters():
         if parameter.grad is not None:
             parameter.grad *= factor
-    return true_finish(self, total * factor, micro_batch_size)
+    return true_finish(self, total * factor, tokens_at_once)
 
 
-true_finish, true_token_nll = steps.Step.finish, losses.token_nll
+true_finish, true_loss = steps.Step.finish, losses.TokenLoss.__call__
 
 
 def main(given: dict[str, Any]) -> None:
@@ -66,9 +66,9 @@ def main(given: dict[str, Any]) -> None:
     gradients: dict[str, torch.Tensor] = {}
     torch.manual_seed(1234 if given.get("resume") else 0)
 
-    def watched(self: steps.Step, total: float, size: int) -> steps.StepResult:
+    def watched(self: steps.Step, total: float, tokens_at_once: int) -> steps.StepResult:
         seen["rows"].append([row.where for row in self.share])
-        result = (mean_of_means if given.get("plant") else true_finish)(self, total, size)
+        result = (mean_of_means if given.get("plant") else true_finish)(self, total, tokens_at_once)
         if len(seen["rows"]) == 1:
             named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
             gradients.update({n: whole(p.grad).clone() for n, p in named.items()})
@@ -76,13 +76,17 @@ def main(given: dict[str, Any]) -> None:
 
     steps.Step.finish = watched  # type: ignore[method-assign]
 
-    def exhausted(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def exhausted(
+        self: losses.TokenLoss, model: Any, batch: dict[str, Any], *paths: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The device of one process has no room for two rows at once after the first step."""
-        if group.rank == given.get("exhausted") and len(batch["labels"]) > 1 and seen["rows"]:
+        starts = batch.get("cu_seq_lens_q")  # of rows without padding
+        beside = len(batch["labels"]) if starts is None else len(starts) - 1
+        if group.rank == given.get("exhausted") and beside > 1 and seen["rows"]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return true_token_nll(model, batch)
+        return true_loss(self, model, batch, *paths)
 
-    losses.token_nll = exhausted  # type: ignore[assignment]
+    losses.TokenLoss.__call__ = exhausted  # type: ignore[method-assign]
 
     def log(step: int, figures: dict[str, float]) -> None:
         kept = ("loss", "grad_norm", "learning_rate", "tokens", "answer_tokens", "held_out_nll")

@@ -106,6 +106,7 @@ def test_the_tree_names_every_module() -> None:
         "export",
         "regularize",
         "trunk",
+        "passes",
         "bank",
         "fleet",
         "bulk",

@@ -55,7 +55,7 @@ def pad(rows: Sequence[Labelled], pad_id: int, device: torch.device) -> dict[str
     }
 
 
-def token_nll(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def token_nll(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Negative log-likelihood in nats of every label, 0 where there is none; float32, shape (rows, longest - 1).
 
     Entry t belongs to the label at position t + 1, which the model predicts from the tokens up to t.
@@ -71,15 +71,16 @@ def token_nll(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return nll.index_copy(1, wanted, kept.view(targets.shape[0], -1))
 
 
-def label_logits(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def label_logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of shape (rows, n, vocabulary) at the n positions that some row has a label after, and these positions.
 
-    They are those of `labels[:, 1:]`: position t predicts the label at t + 1.
+    They are those of `labels[:, 1:]`: position t predicts the label at t + 1. The model is called with all of `batch`
+    but its labels.
     """
     wanted = (batch["labels"][:, 1:] != IGNORED).any(dim=0).nonzero().squeeze(1)
     if wanted.numel() == 0:
         return torch.empty(batch["labels"].shape[0], 0, 0), wanted
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
     if _can_keep_some_logits(model):
         return model(**inputs, use_cache=False, logits_to_keep=wanted).logits, wanted
     return model(**inputs, use_cache=False).logits[:, wanted], wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
@@ -10,10 +11,13 @@ from peftkit.planning.architecture import Architecture
 from peftkit.planning.backward import Backward, Trace
 from peftkit.planning.block import Block, forward_pass
 from peftkit.planning.factors import cast_parameters
+from peftkit.planning.head import head
 from peftkit.planning.layers import FLOAT32, SIZES, Layers
+from peftkit.planning.passes import Passes, training_passes
 from peftkit.planning.setting import PARTIAL, Setting
-from peftkit.planning.tape import Tape, Tensor
-from peftkit.planning.trained import trained
+from peftkit.planning.tape import Tape
+from peftkit.planning.tokens import accumulates, labelled_tokens, micro_batch_tokens
+from peftkit.planning.trained import recomputed, recomputed_share, trained
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class _Case:
 
     architecture: Architecture
     setting: Setting
+    passes: Passes
+    tokens: int
+    labelled: int
     masked: bool
     accumulating: bool
 
@@ -49,9 +56,11 @@ def activations(architecture: Architecture, setting: Setting, *, masked: bool = 
     # Only what matters, so that settings that differ elsewhere share one answer.
     plain = replace(setting, optim="sgd", rows_per_step=1, activation_offloading=False, double_quant=True)
     plain = replace(plain, evaluation_batch=1, evaluation_longest=1, max_new_tokens=1, starts=0, mixout=False)
-    plain = replace(plain, micro_batch=setting.micro_batch * setting.row_copies, row_copies=1)
-    masked = masked or architecture.family.always_masked or setting.method == "prefix_tuning"
-    case = _Case(architecture, plain, masked, setting.rows_per_step > setting.micro_batch)
+    plain = replace(plain, micro_batch=1, row_copies=1, labelled=1)
+    passes = training_passes(architecture, setting)
+    masked = not passes.flat and (masked or architecture.family.always_masked or setting.method == "prefix_tuning")
+    tokens, labelled = (count * setting.row_copies for count in (micro_batch_tokens(setting), labelled_tokens(setting)))
+    case = _Case(architecture, plain, passes, tokens, labelled, masked, accumulates(setting))
     if masked or setting.longest <= architecture.window or not architecture.sliding_layers:
         return _activations(case)
     return _mixed(_activations(case), _activations(replace(case, masked=True)), architecture)
@@ -70,18 +79,16 @@ def _mixed(plain: Activations, masked: Activations, architecture: Architecture) 
 def _activations(case: _Case) -> Activations:
     what, total = trained(case.architecture, case.setting), case.architecture.layers
     lowest, kinds = what.lowest, set(what.blocks[what.lowest :])
+    again = max(0, recomputed(case.architecture, case.setting) - lowest)
     if len(kinds) == 1 and (total - lowest > 3 or lowest == 0):
-        two, three = (_trace(case, [total - 1] * count) for count in (2, 3))
-        names = ("kept", "head", "block", "bottom", "forward")
-        kept, head, block, bottom, forward = (_at(total - lowest, two, three, name) for name in names)
+        trace = _of_alike(case, again, total - lowest - again)
     else:
-        trace = _trace(case, range(lowest, total))
-        kept, head, block, bottom = trace.kept, trace.head, max(trace.block, trace.between), trace.bottom
-        forward = trace.forward
-    # The log-softmax is kept too, but belongs to the logits.
-    blocks = kept - FLOAT32 * labelled_positions(case.setting) * case.architecture.vocabulary
-    forward = max(forward, _forward_peak(case, lowest, blocks))
-    return Activations(blocks, head - blocks, max(0, block - blocks), max(head, block, bottom, forward))
+        trace = _trace(case, range(lowest, total), again)
+        trace = replace(trace, turn=max(trace.turn, trace.between))
+    kept, scoring, block = trace.kept, trace.head, max(trace.block, trace.turn)
+    bottom, forward = trace.bottom, trace.forward
+    forward = max(forward, _forward_peak(case, lowest, kept))
+    return Activations(kept, scoring - kept, max(0, block - kept), max(scoring, block, bottom, forward))
 
 
 def _forward_peak(case: _Case, lowest: int, kept: int) -> int:
@@ -91,46 +98,58 @@ def _forward_peak(case: _Case, lowest: int, kept: int) -> int:
     end of the last one they are there with the widest product and the streams around it.
     """
     architecture, setting = case.architecture, case.setting
-    rows, length = setting.micro_batch, setting.longest
+    rows, length = math.ceil(case.tokens / setting.longest), setting.longest
     if setting.method == "prefix_tuning":
         size = SIZES[setting.compute_dtype]
         cache = 2 * architecture.layers * rows * (length + setting.num_virtual_tokens) * architecture.keys
         widest = max(linear.out * linear.into for linear in architecture.linears) if setting.bits in (4, 8) else 0
         streams = rows * length * (architecture.intermediate + 4 * architecture.hidden)
         return kept + size * (cache + widest + streams)
-    trunk = lowest and not setting.trunk_cache
-    return forward_pass(architecture, setting, rows, length, 0, case.masked) if trunk else 0
+    if not lowest or setting.trunk_cache:
+        return 0
+    return forward_pass(architecture, setting, case.tokens, length, 0, masked=case.masked, passes=case.passes)
 
 
-def labelled_positions(setting: Setting) -> int:
-    """Positions that the head is computed for in one micro-batch."""
-    return setting.micro_batch * min(setting.labelled, setting.longest)
+def _of_alike(case: _Case, again: int, once: int) -> Trace:
+    """So many blocks that are computed again, and behind them others that are not, by proportion."""
+    last = case.architecture.layers - 1
+    start = (2 if again else 0, 2 if once else 0)
+    base = _trace(case, [last] * sum(start), start[0])
+    values = astuple(base)
+    for at, count in enumerate((again, once)):
+        if count:
+            more = (start[0] + (at == 0), start[1] + (at == 1))
+            longer = astuple(_trace(case, [last] * sum(more), more[0]))
+            values = tuple(
+                value + (high - low) * (count - 2)
+                for value, low, high in zip(values, astuple(base), longer, strict=True)
+            )
+    return Trace(*values)
 
 
-def _at(layers: int, two: Trace, three: Trace, name: str) -> int:
-    low, high = getattr(two, name), getattr(three, name)
-    return int(low + (high - low) * (layers - 2))
+def _trace(case: _Case, blocks: Sequence[int], again: int) -> Trace:
+    """Walk blocks like these between the embedding and the head; what the head keeps is not in `kept`.
 
-
-def _trace(case: _Case, blocks: Sequence[int]) -> Trace:
-    """Walk blocks like these between the embedding and the head."""
+    The first `again` of them are checkpointed.
+    """
     setting, tape = case.setting, Tape()
-    layers = Layers(tape, case.architecture, setting, setting.micro_batch, setting.longest)
+    layers = Layers(tape, case.architecture, setting, case.tokens, setting.longest, case.passes)
     block = Block(layers, case.masked)
     x = block.embed()
-    batch = tape.fresh(3 * setting.micro_batch * setting.longest, 8)  # ids, mask and labels
-    tables = tape.fresh(2 * layers.length * case.architecture.head_dim if block.family.rotary else 0, x.size)
-    seen = layers.length * (layers.length + layers.prefix)
-    mask = tape.fresh(setting.micro_batch * seen, layers.mask_size(case.masked))
+    batch = tape.fresh(3 * layers.words, 8)  # ids, labels, and mask or positions
+    tables = tape.fresh(2 * layers.positions * case.architecture.head_dim if block.family.rotary else 0, x.size)
+    kinds = 1 + (layers.eager and 0 < case.architecture.sliding_layers < case.architecture.layers)
+    mask = tape.fresh(kinds * layers.seen, layers.mask_size(case.masked))  # one for layers that slide
     tape.keep(batch, *([tables, mask] if blocks else []))
-    for index in blocks:
+    for count, index in enumerate(blocks):
         layers.at(index)
-        tape.begin(setting.gradient_checkpointing, x)
+        tape.begin(count < again, x)
         x = block(x)
     layers.at(case.architecture.layers)
     tape.begin(False, x)
-    loss, held = _head(layers, block, x)
-    return Backward(tape, gradients_are_there=case.accumulating).walk(loss, held + _casts(case))
+    scored = head(layers, block, x, case.labelled)
+    trace = Backward(tape, gradients_are_there=case.accumulating).walk(scored.loss, scored.making + _casts(case))
+    return replace(trace, kept=trace.kept - scored.kept)
 
 
 def _casts(case: _Case) -> int:
@@ -140,49 +159,16 @@ def _casts(case: _Case) -> int:
     """
     setting, architecture = case.setting, case.architecture
     size = SIZES[setting.compute_dtype]
-    if size == FLOAT32 or not setting.gradient_checkpointing:
+    again = recomputed_share(architecture, setting)
+    if size == FLOAT32 or not again:
         return 0
     what = trained(architecture, setting)
+    if case.passes.fused:  # which casts once more in the backward pass
+        return 0
     if setting.method not in PARTIAL:
-        return size * cast_parameters(architecture, setting, what)
+        return int(again * size * cast_parameters(architecture, setting, what))
     if setting.in_place and setting.dtype != "float32":
         return 0
     layers = architecture.layers
     shares = ((linear, what.share(linear.name, "weights")) for linear in architecture.linears)
-    return size * sum(linear.parameters * share // layers for linear, share in shares)
-
-
-def _head(layers: Layers, block: Block, x: Tensor) -> tuple[Tensor, int]:
-    """The loss, and the bytes that only variables hold when it is computed."""
-    architecture, setting, tape = layers.architecture, layers.setting, layers.tape
-    if architecture.final_norm:
-        x = layers.norm(x, layers.final)
-    positions = labelled_positions(setting)
-    wanted = tape.op([x], positions * architecture.hidden, x.size)
-    logits = _logits(layers, block, wanted)
-    if architecture.scaled_logits:
-        logits = tape.like(logits)
-    if architecture.capped_logits:
-        logits = tape.like(tape.like(tape.like(logits), saves_output=True))
-    precise = tape.cast(logits, FLOAT32)
-    chances = tape.like(precise, saves_output=True)
-    loss = tape.op([chances], positions, FLOAT32, saves=[chances])
-    held = logits.bytes + (precise.bytes if precise is not logits else 0)
-    return loss, held
-
-
-def _logits(layers: Layers, block: Block, x: Tensor) -> Tensor:
-    """x times the head: its own weight, the embedding's, or a frozen one."""
-    architecture, tape, what = layers.architecture, layers.tape, layers.trained
-    read = tape.cast(x, layers.compute) if layers.autocast else x
-    count = x.numbers // architecture.hidden * architecture.vocabulary
-    numbers = architecture.vocabulary * architecture.hidden
-    biases = [layers.weight(architecture.vocabulary, layers.own)] if what.head_bias and block.family.head_bias else []
-    if not what.head and (block.table is None or not architecture.tied):
-        # Autocast makes a 16-bit copy of a float32 head.
-        cast = numbers * layers.compute if read.size < layers.plain else 0
-        return tape.op([read, *biases], count, read.size, saves=[tape.fresh(cast, 1)] if read.needs_grad else [])
-    matrix = tape.weight(numbers, layers.own) if what.head or block.table is None else block.head_table()
-    matrix = tape.cast(matrix, layers.compute) if layers.autocast else matrix
-    saves = [read, matrix] if read.needs_grad else [read]
-    return tape.op([read, matrix, *biases], count, read.size, saves=saves)
+    return int(again * size * sum(linear.parameters * share // layers for linear, share in shares))

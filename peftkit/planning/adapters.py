@@ -18,6 +18,8 @@ def linear(layers: Layers, x: Tensor, linear: Linear) -> Tensor:
 
 
 def _lora(layers: Layers, x: Tensor, linear: Linear) -> Tensor:
+    if layers.passes.fused:
+        return _fused(layers, x, linear)
     tape, r = layers.tape, rank(layers.setting)
     base = _cloned(layers, layers.linear(x, linear))
     read = _read(layers, x)
@@ -35,6 +37,22 @@ def _lora(layers: Layers, x: Tensor, linear: Linear) -> Tensor:
     if _converts(layers) and layers.bits in (4, 8):
         update = tape.cast(update, base.size)
     return tape.cast(tape.add(base, update), base.size)
+
+
+def _fused(layers: Layers, x: Tensor, linear: Linear) -> Tensor:
+    """`tuning.fused`: x and its product with A are saved, and the sum is written over the base's result."""
+    tape, r = layers.tape, rank(layers.setting)
+    base = _cloned(layers, layers.linear(x, linear))
+    size = layers.compute if layers.autocast else FLOAT32
+    read = tape.cast(x, size)
+    factors = [tape.weight(r * linear.into, FLOAT32), tape.weight(r * linear.out, FLOAT32)]
+    inner = tape.fresh(layers.tokens * r, size)
+    # The gradient of what is added is that of the sum, so it takes no memory; B's share of it is of inner's size.
+    added = tape.op([read, *factors], 0, size, saves=[read, inner], temporary=inner.bytes)
+    added.numbers = base.numbers
+    if base.size == size and not (linear.bias and layers.bits not in (4, 8)):
+        return tape.add_into(base, added)
+    return tape.op([base, added], base.numbers, base.size, passes_on=base.size == size)
 
 
 def _adalora(layers: Layers, x: Tensor, linear: Linear) -> Tensor:

@@ -24,6 +24,8 @@ class Trace:
     """Peak in the head: at the end of the forward pass, or at the start of the backward pass."""
     block: int
     """Peak in the last block."""
+    turn: int
+    """Peak in the last block that is computed again, where others behind it are not."""
     between: int
     """Peak in the blocks between the last and the first one."""
     forward: int
@@ -112,12 +114,13 @@ class Backward:
         live.touch(held)
         self.grads[id(loss)] = Storage(loss.bytes)
         live.take(self.grads[id(loss)])
-        peaks = {}
+        peaks = [0] * len(segments)
         for index in range(len(segments) - 1, -1, -1):
             self._segment(segments[index])
-            if index in (len(segments) - 1, len(segments) - 2, 2, 0):
-                peaks[index], live.peak = live.peak, live.now
-        return Trace(kept, peaks[len(segments) - 1], peaks[len(segments) - 2], peaks.get(2, 0), forward, peaks[0])
+            peaks[index], live.peak = live.peak, live.now
+        again = [index for index, segment in enumerate(segments) if segment.checkpointed]
+        turn = peaks[again[-1]] if again else 0
+        return Trace(kept, peaks[-1], peaks[-2], turn, max(peaks[2:-2], default=0), forward, max(peaks[:2]))
 
     def _keep(self, segment: Segment) -> None:
         if segment.keeps_entry and segment.entry is not None:

@@ -7,16 +7,24 @@ from peftkit.planning.architecture import Architecture
 from peftkit.planning.backward import forward_peak
 from peftkit.planning.layers import FLOAT32, Layers
 from peftkit.planning.norms import Norm, block_norms
+from peftkit.planning.passes import Passes
 from peftkit.planning.setting import Setting
 from peftkit.planning.tape import Tape, Tensor
 
 
 def forward_pass(
-    architecture: Architecture, setting: Setting, rows: int, length: int, index: int, masked: bool = False
+    architecture: Architecture,
+    setting: Setting,
+    tokens: int,
+    length: int,
+    index: int,
+    *,
+    masked: bool = False,
+    passes: Passes | None = None,
 ) -> int:
     """The widest moment of a block's forward pass of which nothing is saved, and what lives through it."""
     tape = Tape()
-    layers = Layers(tape, architecture, setting, rows, length)
+    layers = Layers(tape, architecture, setting, tokens, length, passes or Passes())
     layers.at(index)
     x = tape.fresh(layers.tokens * architecture.hidden, layers.plain, needs_grad=True)  # only such are written down
     tape.begin(False, x)
@@ -46,14 +54,14 @@ class Block:
         numbers = embedded.numbers
         if positions:
             table = [tape.weight(positions, layers.own)] if what.positions else []
-            rows = tape.op(table, layers.length * self.architecture.hidden, layers.own if table else layers.plain)
+            rows = tape.op(table, layers.positions * self.architecture.hidden, layers.own if table else layers.plain)
             return tape.op([embedded, rows], numbers, max(embedded.size, rows.size), passes_on=True)
         return tape.like(embedded) if self.family.scaled_embedding else embedded
 
     def _words(self) -> Tensor:
         layers, tape, setting = self.layers, self.tape, self.layers.setting
         hidden = self.architecture.hidden
-        numbers, words = setting.micro_batch * setting.longest * hidden, self.architecture.vocabulary * hidden
+        numbers, words = layers.words * hidden, self.architecture.vocabulary * hidden
         if layers.trained.embedding:
             self.table = tape.weight(words, layers.own, uses=2 if self.architecture.tied else 1)
             return tape.op([self.table], numbers, layers.own)
@@ -65,7 +73,7 @@ class Block:
         if setting.method != "prompt_tuning":
             return embedded
         virtual = setting.num_virtual_tokens * hidden
-        prompts = tape.op([tape.weight(virtual, FLOAT32)], setting.micro_batch * virtual, FLOAT32)
+        prompts = tape.op([tape.weight(virtual, FLOAT32)], layers.rows * virtual, FLOAT32)
         return tape.op([tape.cast(prompts, layers.plain), embedded], layers.tokens * hidden, layers.plain)
 
     def _with_rows(self) -> Tensor:

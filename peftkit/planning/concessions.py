@@ -9,7 +9,15 @@ from typing import Any
 from peftkit.planning.setting import Setting
 from peftkit.render import size
 
-FIELDS = ("micro_batch", "gradient_checkpointing", "optim", "activation_offloading", "bits", "evaluation_batch")
+FIELDS = (
+    "micro_batch",
+    "gradient_checkpointing",
+    "checkpointed_blocks",
+    "optim",
+    "activation_offloading",
+    "bits",
+    "evaluation_batch",
+)
 """Fields that may change without consent; none of them changes the effective batch or the rows."""
 
 _BITS: dict[int, tuple[Any, ...]] = {32: (32, 8, 4), 16: (16, 8, 4), 8: (8, 4), 4: (4,)}
@@ -24,6 +32,7 @@ BITS_OF: dict[str, tuple[int, ...]] = {"loftq": (4, 8), "loha": (8, 16, 32), "lo
 _REASONS = {
     "micro_batch": "micro-batch {was} → {now}: {gain}, {rate}, keeps the effective batch {rows}",
     "gradient_checkpointing": "checkpointing {state}: {gain}, {rate}, the same gradients",
+    "checkpointed_blocks": "checkpointing of {blocks}: {gain}, {rate}, the same gradients",
     "optim": "optimizer {was} → {now}: {gain}, {rate}, its states are rounded to 8 bits",
     "activation_offloading": "offloading of activations to host memory {state}: {gain}, {rate}, the same gradients",
     "bits": "weights of {was} → {now} bits: {gain}, {rate}, the base is rounded",
@@ -61,6 +70,8 @@ def choices(setting: Setting, name: str, fixed: frozenset[str]) -> tuple[Any, ..
         return tuple(count for count in range(rows, 0, -1) if rows % count == 0)
     if name == "gradient_checkpointing":  # which drops the cache that virtual tokens come in
         return (False, True) if setting.method != "prefix_tuning" else (asked,)
+    if name == "checkpointed_blocks":  # `fit` finds the fewest that suffice
+        return (None,)
     if name == "activation_offloading":
         return (False, True) if on_card else (asked,)
     if name == "optim":
@@ -75,7 +86,9 @@ def reason(name: str, after: Setting, was: Any, now: Any, saved: int, factor: fl
     """Why a field changed, with what it brings; `saved` in bytes, `factor` of time."""
     gain = f"{size(saved)} less" if saved >= 0 else f"{size(-saved)} more"
     rows, state = after.rows_per_step, "on" if now else "off"
-    return _REASONS[name].format(was=was, now=now, state=state, gain=gain, rate=f"time × {factor:.2f}", rows=rows)
+    blocks = "all blocks" if now is None else "the lowest block alone" if now == 1 else f"the lowest {now} blocks alone"
+    rate = f"time × {factor:.2f}"
+    return _REASONS[name].format(was=was, now=now, state=state, gain=gain, rate=rate, rows=rows, blocks=blocks)
 
 
 def _halved(count: int) -> Iterator[int]:

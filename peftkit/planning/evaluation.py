@@ -73,7 +73,8 @@ def _reading(architecture: Architecture, setting: Setting, rows: int) -> int:
     """The widest moment of the forward pass over the longest rows, in a block that is trained where one is."""
     blocks = trained(architecture, setting).blocks
     widest = max(range(len(blocks)), key=lambda index: (blocks[index].any, index))
-    return forward_pass(architecture, setting, rows, setting.evaluation_longest, widest)
+    length = setting.evaluation_longest
+    return forward_pass(architecture, setting, rows * length, length, widest)
 
 
 def reading(architecture: Architecture, setting: Setting, rows: int) -> int:

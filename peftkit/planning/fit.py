@@ -2,7 +2,8 @@
 
 Concessions are made in this order, and a later kind only where the earlier ones do not suffice:
 
-1. micro-batch and checkpointing, whichever is faster: the same gradients, the same effective batch;
+1. micro-batch and checkpointing, of as few blocks as suffice, whichever is faster: the same gradients, the same
+   effective batch;
 2. an optimizer with 8-bit, then paged states;
 3. activations that wait in host memory;
 4. weights of 8, then 4 bits;
@@ -130,6 +131,7 @@ class _Search:
         """The fastest setting that fits on the first rung where any does."""
         for rung in self.rungs():
             fitting = [setting for base in self._checkpointed(rung) for setting in self._fitting(base)]
+            fitting += [fewer for setting in fitting if (fewer := self._fewest_blocks(setting, fitting)) is not None]
             if fitting:
                 best = min(fitting, key=self._order)
                 batches = (replace(best, evaluation_batch=count) for count in self.choices("evaluation_batch"))
@@ -137,7 +139,20 @@ class _Search:
         return None
 
     def _checkpointed(self, rung: Setting) -> Iterator[Setting]:
-        return (replace(rung, gradient_checkpointing=on) for on in self.choices("gradient_checkpointing"))
+        for on in self.choices("gradient_checkpointing"):
+            blocks = self.choices("checkpointed_blocks")[0] if on else None
+            yield replace(rung, gradient_checkpointing=on, checkpointed_blocks=blocks)
+
+    def _fewest_blocks(self, setting: Setting, fitting: list[Setting]) -> Setting | None:
+        """The same with the fewest checkpointed blocks that fit; None where all or none is what was asked for."""
+        free = not self.fixed & {"gradient_checkpointing", "checkpointed_blocks"}
+        off = replace(setting, gradient_checkpointing=False)
+        if not setting.gradient_checkpointing or not free or off in fitting:
+            return None
+        blocks = range(1, self.architecture.layers)
+        some = [replace(setting, checkpointed_blocks=count) for count in blocks]
+        first = bisect.bisect_left(some, True, key=lambda each: self.need(each) <= self.budget)
+        return some[first] if first < len(some) else None
 
     def _fitting(self, rung: Setting) -> list[Setting]:
         """The micro-batches that fit. Fewer rows need less memory, but the whole batch at once accumulates nothing."""
@@ -203,7 +218,7 @@ class _Search:
     def next_after(self, setting: Setting) -> Concession | None:
         """The first single change that would lower the peak further: evaluation, then the fastest, then the rungs."""
         peak = self.need(setting)
-        for names in (("evaluation_batch",), ("micro_batch", "gradient_checkpointing"), *((n,) for n in FIELDS[2:5])):
+        for names in (("evaluation_batch",), FIELDS[:3], *((n,) for n in FIELDS[3:6])):
             steps = (self._lower(setting, name) for name in names)
             lower = [step for step in steps if step is not None and self.need(step) < peak]
             if lower:
@@ -211,6 +226,9 @@ class _Search:
         return None
 
     def _lower(self, setting: Setting, name: str) -> Setting | None:
+        if name == "checkpointed_blocks":
+            some = setting.checkpointed_blocks is not None and name not in self.fixed
+            return replace(setting, checkpointed_blocks=None) if some else None
         values = self.choices(name)
         after = values.index(getattr(setting, name)) + 1
         return replace(setting, **{name: values[after]}) if after < len(values) else None
@@ -219,6 +237,8 @@ class _Search:
 def _spends(name: str, before: Setting, after: Setting) -> bool:
     """Whether a change uses memory to gain time."""
     was, now = getattr(before, name), getattr(after, name)
+    if name == "checkpointed_blocks":
+        return now is not None and (was is None or now < was)
     return bool(now > was if name == "micro_batch" else was and not now)
 
 

@@ -7,10 +7,12 @@ input's gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from peftkit.planning.architecture import Architecture, Linear
 from peftkit.planning.norms import Norm
+from peftkit.planning.passes import Passes
 from peftkit.planning.setting import Setting
 from peftkit.planning.tape import Tape, Tensor
 from peftkit.planning.trained import Touched, in_blocks, trained
@@ -22,21 +24,27 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass
 class Layers:
-    """Layers of one model on a tape, for `rows` of `length` tokens."""
+    """Layers of one model on a tape, for `tokens` in rows of `length`; the last row may be shorter."""
 
     tape: Tape
     architecture: Architecture
     setting: Setting
-    rows: int
+    tokens: int
     length: int
+    passes: Passes = field(default_factory=Passes)
 
     def __post_init__(self) -> None:
         setting = self.setting
         self.prefix = setting.num_virtual_tokens if setting.method == "prefix_tuning" else 0
         """Keys and values of virtual tokens before those of every layer."""
+        self.words = self.tokens
+        """Tokens that the embedding is read for."""
+        self.rows = math.ceil(self.tokens / self.length)
         if setting.method == "prompt_tuning":
             self.length += setting.num_virtual_tokens
-        self.tokens = self.rows * self.length
+            self.tokens += self.rows * setting.num_virtual_tokens
+        self.positions = self.tokens if self.passes.flat else self.length
+        """Positions that tables are made for: those of rows side by side are the same."""
         self.compute = SIZES[setting.compute_dtype]
         self.autocast = self.compute < FLOAT32
         self.plain = SIZES[setting.dtype]
@@ -61,6 +69,11 @@ class Layers:
     def eager(self) -> bool:
         """Whether every score of attention is written out."""
         return self.setting.attention == "eager" or self.architecture.softcapped
+
+    @property
+    def seen(self) -> int:
+        """Pairs of tokens in attention."""
+        return self.tokens * (self.length + self.prefix)
 
     def mask_size(self, masked: bool) -> int:
         """Bytes per entry of the mask that all layers share: numbers for eager attention, or booleans."""
@@ -168,11 +181,15 @@ class Layers:
             return self._eager(query, key, value)
         saves = [query, key, value, tape.fresh(self.tokens * heads, FLOAT32)]
         if masked:  # every layer makes a mask of numbers from the one of booleans
-            saves.append(tape.fresh(self.rows * self.length * (self.length + self.prefix), query.size))
+            saves.append(tape.fresh(self.seen, query.size))
         # FlashAttention's backward sums the gradient of the queries in float32.
         scratch = query.numbers * FLOAT32 if self.on_cuda else 0
+        by_row = self.passes.flat and self.rows > 1 and self.setting.attention == "sdpa"
+        if by_row:  # the rows' gradients of the queries are put together
+            scratch += query.bytes
         inputs = [query, key, value]
-        return tape.op(inputs, query.numbers, query.size, saves=saves, saves_output=True, temporary=scratch)
+        result = tape.op(inputs, query.numbers, query.size, saves=saves, saves_output=True, temporary=scratch)
+        return tape.copy(result) if by_row else result  # the rows' results are put together
 
     def _prefixed(self, x: Tensor) -> Tensor:
         """The trained keys or values of the virtual tokens, and those of the row."""
@@ -181,20 +198,20 @@ class Layers:
         return self.tape.op([first, x], first.numbers + x.numbers, x.size)
 
     def _per_query_head(self, x: Tensor) -> Tensor:
-        numbers = self.rows * (self.length + self.prefix) * self.architecture.queries
+        numbers = (self.tokens + self.rows * self.prefix) * self.architecture.queries
         return x if x.numbers == numbers else self.tape.op([x], numbers, x.size)
 
     def _written_out(self, query: Tensor) -> Tensor:
         """Torch's own products and softmax, where no fused kernel fits: scaled copies and the shares are saved."""
         tape = self.tape
-        count = self.rows * self.architecture.heads * self.length * self.length
+        count = self.architecture.heads * self.seen
         query, key, value = (tape.like(query) for _ in range(3))
         shares = tape.like(tape.op([query, key], count, query.size, saves=[query, key]), saves_output=True)
         return tape.op([shares, value], query.numbers, query.size, saves=[shares, value])
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         tape = self.tape
-        count = self.rows * self.architecture.heads * self.length * (self.length + self.prefix)
+        count = self.architecture.heads * self.seen
         scores = tape.like(tape.op([query, key], count, query.size, saves=[query, key]))
         if self.architecture.softcapped:
             scores = tape.like(tape.like(tape.like(scores), saves_output=True))

@@ -9,9 +9,12 @@ from peftkit.planning.activations import Activations, activations
 from peftkit.planning.architecture import Architecture
 from peftkit.planning.block import forward_pass
 from peftkit.planning.evaluation import evaluation_logits, generating, kv_cache, measuring
+from peftkit.planning.head import chunk_rows
 from peftkit.planning.layers import SIZES
+from peftkit.planning.passes import training_passes
 from peftkit.planning.ranges import NOTHING, Part, Range, Stage, StageName, exactly
 from peftkit.planning.setting import Setting
+from peftkit.planning.tokens import accumulates, labelled_tokens, micro_batch_tokens
 from peftkit.planning.weights import (
     beside,
     gradients,
@@ -104,7 +107,7 @@ def plan_memory(architecture: Architecture, setting: Setting) -> MemoryPlan:
     parts = [
         *held,
         *own,
-        *_activation_parts(step, padded, setting),
+        *_activation_parts(architecture, step, padded, setting),
         Part("allocator", _fragmentation(step, setting), "blocks that are too small to be used again"),
         evaluation_logits(architecture, setting),
         kv_cache(architecture, setting),
@@ -142,15 +145,22 @@ def _context(setting: Setting) -> tuple[Range, str]:
     return PROCESS, "Python and its libraries"
 
 
-def _activation_parts(step: Activations, padded: Activations, setting: Setting) -> list[Part]:
-    rows = f"{setting.micro_batch} rows × {setting.longest:,} tokens"
-    scored = f"{setting.micro_batch} rows × {setting.labelled:,} labelled tokens"
+def _activation_parts(
+    architecture: Architecture, step: Activations, padded: Activations, setting: Setting
+) -> list[Part]:
+    tokens = f"{micro_batch_tokens(setting) * setting.row_copies:,} tokens at once"
+    scored = f"{labelled_tokens(setting) * setting.row_copies:,} labelled tokens"
+    at_once = " × vocabulary × 12 B"
+    if training_passes(architecture, setting).scores_labels:
+        at_once = f", {chunk_rows(architecture.vocabulary):,} of them at once"
     kept = "every block's input" if setting.gradient_checkpointing else "what every block's backward pass needs"
+    if setting.gradient_checkpointing and setting.checkpointed_blocks:
+        kept = f"the inputs of {setting.checkpointed_blocks} blocks, and what the others' backward passes need"
     on_device = NOTHING if setting.activation_offloading else Range(step.kept, step.kept, max(step.kept, padded.kept))
     return [
-        Part("activations", on_device, f"{kept}, {rows}"),
-        Part("one block's backward pass", exactly(step.hump), "gradients" + _again(setting) + f", {rows}"),
-        Part("logits", exactly(step.logits), scored + " × vocabulary × 12 B"),
+        Part("activations", on_device, f"{kept}, {tokens}"),
+        Part("one block's backward pass", exactly(step.hump), "gradients" + _again(setting) + f", {tokens}"),
+        Part("logits", exactly(step.logits), scored + at_once),
     ]
 
 
@@ -178,7 +188,7 @@ def _training(
 ) -> Range:
     """Forward and backward passes, or the update after them."""
     _, grads, states = own
-    there = grads.bytes if setting.rows_per_step > setting.micro_batch else NOTHING
+    there = grads.bytes if accumulates(setting) else NOTHING
     waiting = step.kept if setting.activation_offloading else 0
     passes = Range(step.peak - waiting, step.peak - waiting, max(step.peak, padded.peak) - waiting)
     update = grads.bytes + exactly(update_scratch(architecture, setting))
@@ -189,7 +199,8 @@ def _evaluating(architecture: Architecture, setting: Setting, own: list[Part]) -
     """The NLL of held-out rows, or generated answers; in mid-run the optimizer's states are there too."""
     need = measuring(architecture, setting).or_more(generating(architecture, setting))
     if setting.trunk_cache:  # it is filled before the first step
-        need = need.or_more(exactly(forward_pass(architecture, setting, setting.micro_batch, setting.longest, 0)))
+        tokens = micro_batch_tokens(setting)
+        need = need.or_more(exactly(forward_pass(architecture, setting, tokens, setting.longest, 0)))
     return need + Range(0, 0, own[2].bytes.high)
 
 

@@ -68,9 +68,14 @@ class Setting:
     trunk_cache: bool = False
     """What lies below the lowest trained tensor runs once per row, is kept on the disk, and is not in memory later."""
     micro_batch: int = 1
-    """Rows that go through the model at once in training."""
+    """So many of the longest rows go through the model at once: `tokens.micro_batch_tokens` says how many tokens."""
+    passes: Literal["plain", "padded", "flat"] = "flat"
+    """flat: the shortcuts of `passes.Passes` where the base and the rest of the setting allow; padded: the same with
+    rows side by side, which noise on embeddings needs; plain: none, as other tools train."""
     gradient_checkpointing: bool = False
     """Only every block's input is kept, and its activations are computed again in the backward pass."""
+    checkpointed_blocks: int | None = None
+    """With checkpointing: only so many blocks are computed again, the lowest that train; None: all."""
     activation_offloading: bool = False
     """What the backward pass needs waits in host memory."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw_torch"

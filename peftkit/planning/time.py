@@ -2,7 +2,8 @@
 
 Absolute times are a bracket, not a forecast: published runs of the same work on the same card differ by a factor of
 two with kernels, host and driver. Ratios between two settings on one machine came out within a factor of 1.5 for half
-of the published pairs, and of 2 for all (tests/planning/test_time.py). Padding is not counted.
+of the published pairs, and of 2 for all (tests/planning/test_time.py). Padding is not counted: rows lie without it
+where the base allows.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from peftkit.planning.devices import Device
 from peftkit.planning.evaluation import answered_rows
 from peftkit.planning.factors import products
 from peftkit.planning.setting import PARTIAL, Setting
-from peftkit.planning.trained import Trained, trained
+from peftkit.planning.tokens import micro_batch_tokens
+from peftkit.planning.trained import Trained, recomputed_share, trained
 from peftkit.planning.weights import trained_parameters, trained_size
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -167,7 +169,7 @@ def training_flops(architecture: Architecture, setting: Setting, length: float) 
     passed = reached if setting.trunk_cache else 1.0
     forward = 2 * (blocks * passed + head + adapter) + attention * passed
     backward = 2 * (blocks * reached + head + adapter) + 2 * (own + factors) + 2 * attention * reached
-    again = (2 * blocks + attention) * reached + 2 * adapter if setting.gradient_checkpointing else 0.0
+    again = ((2 * blocks + attention) * reached + 2 * adapter) * recomputed_share(architecture, setting)
     return forward + backward + again
 
 
@@ -196,14 +198,13 @@ class _Case:
     reached: _Reached
 
     def step(self, length: float) -> float:
-        """One optimizer step over rows of `length` tokens."""
-        setting = self.setting
-        tokens = min(setting.micro_batch, setting.rows_per_step) * length
-        flops = training_flops(self.architecture, setting, length) * tokens
-        micro_batch = self._passes(flops, 3 if setting.gradient_checkpointing else 2)
+        """One optimizer step over rows of `length` tokens, in the fewest micro-batches that hold them."""
+        setting, tokens = self.setting, self.setting.rows_per_step * length
+        micro_batches = math.ceil(tokens / micro_batch_tokens(setting))
+        flops = training_flops(self.architecture, setting, length) * tokens / micro_batches
+        micro_batch = self._passes(flops, 2 + recomputed_share(self.architecture, setting))
         if setting.activation_offloading:
-            micro_batch += 2 * _kept_bytes(self.architecture, setting) * tokens / self.reached.link
-        micro_batches = math.ceil(setting.rows_per_step / setting.micro_batch)
+            micro_batch += 2 * _kept_bytes(self.architecture, setting) * tokens / micro_batches / self.reached.link
         return micro_batches * micro_batch + self._moved(_updated_bytes(self.architecture, setting))
 
     def measure(self, workload: Workload) -> float:
@@ -236,7 +237,7 @@ class _Case:
             adapter, _ = products(self.architecture, self.setting, trained(self.architecture, self.setting))
         return (2 * (blocks + head + adapter) + attention) * length * rows
 
-    def _passes(self, flops: float, passes: int, unpacked: bool = True) -> float:
+    def _passes(self, flops: float, passes: float, unpacked: bool = True) -> float:
         """So many passes through the base: its products, or reading every weight, or starting every operation."""
         shape, width = self.architecture, _BYTES[self.setting.compute_dtype]
         packed = min(width, self.setting.bits / 8)
@@ -270,7 +271,8 @@ def _kept_bytes(architecture: Architecture, setting: Setting) -> float:
     """
     shape = architecture
     kept = 12 * shape.hidden + 3 * shape.queries + shape.keys + 3 * shape.intermediate
-    return shape.layers * _BYTES[setting.compute_dtype] * (shape.hidden if setting.gradient_checkpointing else kept)
+    again = recomputed_share(shape, setting)
+    return shape.layers * _BYTES[setting.compute_dtype] * (again * shape.hidden + (1 - again) * kept)
 
 
 def _updated_bytes(architecture: Architecture, setting: Setting) -> float:

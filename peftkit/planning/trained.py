@@ -75,6 +75,23 @@ def trained(architecture: Architecture, setting: Setting) -> Trained:
     return replace(what, in_prompt=True) if setting.trained_tokens else what
 
 
+def recomputed(architecture: Architecture, setting: Setting) -> int:
+    """Blocks below this one are computed again in the backward pass, as far as it reaches."""
+    if not setting.gradient_checkpointing:
+        return 0
+    if setting.checkpointed_blocks is None:
+        return architecture.layers
+    blocks = trained(architecture, setting).blocks
+    first = next((index for index, block in enumerate(blocks) if block.any), 0)
+    return min(architecture.layers, first + setting.checkpointed_blocks)
+
+
+def recomputed_share(architecture: Architecture, setting: Setting) -> float:
+    """Of the blocks that the backward pass reaches, the share that is computed again."""
+    reached = architecture.layers - trained(architecture, setting).lowest
+    return max(0, recomputed(architecture, setting) - architecture.layers + reached) / reached if reached else 0.0
+
+
 @lru_cache(maxsize=64)
 def _trained(
     architecture: Architecture,

@@ -107,7 +107,7 @@ class Ahead:
         return forecast(shape, given, lengths_of(self.data, given), self.target) if shape is not None else None
 
     def _tried(self, tuned: Tuned) -> Probe | None:
-        from peftkit.training.memory import is_out_of_memory
+        from peftkit.training.exhaustion import is_out_of_memory
         from peftkit.training.probe import probe
 
         rows, evaluate = (self.data.train.examples, self.data.held_out.examples), self.given.evaluate
@@ -117,8 +117,8 @@ class Ahead:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        asked = f"{self.given.train.per_device_train_batch_size} training or {evaluate.batch_size} held-out rows"
-        fact = f"the longest {asked} at once do not fit into memory{self._without}"
+        asked = f"the longest training rows, or {evaluate.batch_size} of the longest held-out rows at once,"
+        fact = f"{asked} do not fit into memory{self._without}"
         self.report(Warned(fact, "find settings that fit: --budget"))
         return None
 

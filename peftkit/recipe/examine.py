@@ -27,8 +27,9 @@ from peftkit.recipe.shapes import Shape, check_shape, check_weights, planned, se
 from peftkit.recipe.target import Target, this_machine
 from peftkit.recipe.verdict import Check, failed, held, left_out, shown
 from peftkit.render import size
+from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.holdings import held as tensors_of
-from peftkit.training.memory import is_out_of_memory, release
+from peftkit.training.memory import release
 from peftkit.training.sft import Stopped, train
 from peftkit.training.spec import TrainSpec
 from peftkit.tuning.inject import inject

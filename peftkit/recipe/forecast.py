@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftkit.backbone.spec import compute_dtype
 from peftkit.errors import OutOfMemory, RunError
 from peftkit.events import Note, Report, Table, Warned
 from peftkit.planning.architecture import Architecture
@@ -16,6 +15,7 @@ from peftkit.planning.disk import Disk, DiskPart, Place, check_free, disk_plan
 from peftkit.planning.memory import MemoryPlan, plan_memory
 from peftkit.planning.setting import Setting
 from peftkit.planning.time import TimePlan, Workload, plan_time
+from peftkit.planning.tokens import micro_batch_tokens
 from peftkit.recipe.groups import Groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.target import Target
@@ -36,6 +36,8 @@ class Forecast:
     time: TimePlan | None
     steps: int | None
     disk: tuple[DiskPart, ...]
+    assumed: tuple[str, ...] = ()
+    """What is planned for without being known yet, a sentence each."""
 
     def as_record(self) -> dict[str, Any]:
         """As plain JSON values: what plan.json of a run holds."""
@@ -51,6 +53,7 @@ class Forecast:
             "steps": self.steps,
             "time": asdict(self.time) if self.time else None,
             "disk": [{"name": part.name, "bytes": part.bytes, "where": part.place} for part in self.disk],
+            "assumed": list(self.assumed),
         }
 
     def tell(self, report: Report) -> None:
@@ -63,8 +66,11 @@ class Forecast:
         report(Table(f"memory on {self.target.name}", ("part", "expected", "low to high", "how"), tuple(rows)))
         kept = [(part.name, size(part.bytes), f"{part.place}: {part.formula}") for part in self.disk]
         report(Table("disk", ("files", "bytes", "where and how"), tuple(kept)))
+        for text in self.assumed:
+            report(Note(text))
         setting = self.setting
-        at_once = f"{setting.micro_batch} at once, the longest of {number(setting.longest)} tokens"
+        most = number(micro_batch_tokens(setting))
+        at_once = f"at most {most} tokens at once, the longest row of {number(setting.longest)}"
         steps = f"{number(self.steps)} steps" if self.steps else "steps"
         report(Note(f"{steps} of {setting.rows_per_step} rows, {at_once}"))
         if self.time is not None and self.steps:
@@ -120,6 +126,7 @@ def forecast(
             cached_tokens=_cached_tokens(lengths),
             merged=True,  # what `peftkit merge` would write later; a run does not, so its disk is not checked
         ),
+        _assumed(given, target),
     )
 
 
@@ -130,9 +137,7 @@ def setting_of(architecture: Architecture, given: Groups, lengths: Lengths, targ
     the base does not have.
     """
     quant, train = given.quant, given.train
-    compute = quant.compute_dtype
-    if compute == "auto":
-        compute = compute_dtype(quant.bits, target.capability)[0]
+    compute = quant.planned_compute_dtype(target.capability)
     plain = compute if quant.dtype == "auto" else quant.dtype
     return Setting(
         **what_is_trained(architecture, given.adapter),
@@ -146,6 +151,7 @@ def setting_of(architecture: Architecture, given: Groups, lengths: Lengths, targ
         rows_per_step=train.rows_per_step,
         micro_batch=train.per_device_train_batch_size,
         gradient_checkpointing=train.gradient_checkpointing,
+        checkpointed_blocks=train.checkpointed_blocks,
         activation_offloading=train.activation_offloading,
         optim=target.optimizer(quant.bits) if train.optim == "auto" else train.optim,  # type: ignore[arg-type]
         longest=lengths.longest,
@@ -155,6 +161,12 @@ def setting_of(architecture: Architecture, given: Groups, lengths: Lengths, targ
         max_new_tokens=given.evaluate.max_new_tokens if given.evaluate.max_generated_rows else 0,
         device=target.device,
     )
+
+
+def _assumed(given: Groups, target: Target) -> tuple[str, ...]:
+    if given.quant.compute_dtype != "measured" or given.quant.bits == 32 or target.device != "cpu":
+        return ()
+    return ("planned in float32, which takes more: quant.compute_dtype=measured is decided when the base is loaded",)
 
 
 def what_is_trained(architecture: Architecture, adapter: AdapterSpec) -> dict[str, Any]:
@@ -182,7 +194,13 @@ def what_is_trained(architecture: Architecture, adapter: AdapterSpec) -> dict[st
 def what_regularizers_hold(regularize: RegularizeSpec) -> dict[str, Any]:
     """The fields of a Setting that say what regularizers hold besides."""
     copies = int(bool(regularize.l2_sp or regularize.mixout))
-    return {"row_copies": 2 if regularize.r_drop else 1, "starts": copies, "mixout": regularize.mixout > 0}
+    rows = "padded" if regularize.on_embeddings else "flat"  # noise is as long as the row that it is added to
+    return {
+        "row_copies": 2 if regularize.r_drop else 1,
+        "starts": copies,
+        "mixout": regularize.mixout > 0,
+        "passes": rows,
+    }
 
 
 def changes(given: Groups, before: Setting, after: Setting) -> dict[str, Any]:
@@ -194,6 +212,7 @@ def changes(given: Groups, before: Setting, after: Setting) -> dict[str, Any]:
         values[f"{train}.gradient_accumulation_steps"] = after.rows_per_step // after.micro_batch
     for name, key in (
         ("gradient_checkpointing", train),
+        ("checkpointed_blocks", train),
         ("activation_offloading", train),
         ("optim", train),
         ("bits", quant),

@@ -24,6 +24,8 @@ from peftkit.backbone.unpack import unpacked
 from peftkit.data.chat import Example
 from peftkit.generation.forward import autocast, pad
 from peftkit.recipe.verdict import Check, held
+from peftkit.training.passes.paths import Paths, find_paths
+from peftkit.training.passes.split import lengths
 from peftkit.training.step import Step
 from peftkit.tuning.tuned import Tuned
 
@@ -184,11 +186,12 @@ def _weights(tuned: Tuned, label: str) -> list[Check]:
 
 
 def _passes(model: Any, rows: Sequence[Example], dtype: torch.dtype, tuned: Tuned | None = None) -> Passes:
-    """Forward and backward of the twin on the CPU, or of the tuned model where it is."""
+    """Forward and backward of the twin on the CPU the plain way, or of the tuned model where it is as training does."""
     device = tuned.backbone.device if tuned else CPU
     model.train(tuned is not None)
-    step = Step(model, rows, pad_id=0, device=device, forward=lambda: _context(device, dtype))
-    step.run(len(rows))
+    paths = find_paths(tuned) if tuned else Paths()
+    step = Step(model, rows, pad_id=0, device=device, forward=lambda: _context(device, dtype), paths=paths)
+    step.run(sum(lengths(rows)))
     gradients = {}
     for name, layer in adapted(tuned).items() if tuned else _products(model):
         for factor in ("lora_A", "lora_B"):

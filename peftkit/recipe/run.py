@@ -91,7 +91,7 @@ class Run:
         self._located = locate(base, self.cache, self.report)
         tokenizer = load_tokenizer(self._located.folder)
         limit = longest_sequence(read_config(self._located.folder))
-        self._data = audit(data, tokenizer, limit, self.report)
+        self._data = audit(data, tokenizer, limit, self.report, self.cache)
         evaluate = getattr(self.resolved.config, "evaluate", None)
         if isinstance(evaluate, EvaluateSpec):
             preflight(evaluate, self._data.held_out.rows, tokenizer)
@@ -134,6 +134,7 @@ class Run:
         from peftkit.training.schedule import schedule
 
         data, rows = self._audited(), self._audited().train.examples
+        quant = self.binding.held_to(quant) if self.binding is not None else quant
         # The settings of a resumed run come from its folder, defaults included; they were agreed when it began.
         parent = self.registry.resolve(init_from) if init_from else None
         what = to_train(adapter, quant, train, parent, {} if self.start else self.resolved.sources)
@@ -200,7 +201,8 @@ class Run:
 
         Fewer rows at once are tried where the memory does not suffice. Raises OutOfMemory when one row is too much.
         """
-        from peftkit.training.memory import is_out_of_memory, release
+        from peftkit.training.exhaustion import is_out_of_memory
+        from peftkit.training.memory import release
 
         while True:
             try:

@@ -21,7 +21,8 @@ from peftkit.recipe.oracle import label_of
 from peftkit.recipe.target import Target
 from peftkit.recipe.verdict import Check, held, left_out, shown
 from peftkit.render import size
-from peftkit.training.memory import checkpoint_activations, is_out_of_memory, release
+from peftkit.training.exhaustion import is_out_of_memory
+from peftkit.training.memory import checkpoint_activations, release
 from peftkit.training.probe import Probe, probe
 from peftkit.training.spec import TrainSpec
 from peftkit.tuning.tuned import Tuned

@@ -28,7 +28,7 @@ from peftkit.errors import RunError
 from peftkit.events import Report, Warned, silent
 from peftkit.training.flat import flatten, unflatten
 
-FORMAT = 1
+FORMAT = 2
 _FILES = ("state.safetensors", "state.json")
 
 

@@ -11,13 +11,14 @@ from transformers import TrainerCallback, set_seed
 
 from peftkit.backbone.shard import part_like
 from peftkit.data.chat import Example
-from peftkit.errors import PeftkitError, RunError
+from peftkit.errors import PeftkitError, RunError, TrainingError
 from peftkit.events import Note, Warned
 from peftkit.generation.forward import autocast, row_nll
 from peftkit.training import random_state
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
+from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.journal import Journal
-from peftkit.training.memory import checkpoint_activations, is_out_of_memory, leave_inputs_alone, release
+from peftkit.training.memory import checkpoint_activations, release
 from peftkit.training.parallel import gathered, spread
 from peftkit.training.stop import StopRequest
 from peftkit.training.trainer import StepTrainer
@@ -63,6 +64,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
 
     def go_on_from(self, start: Checkpoint) -> None:
         """Take adapter and figures from a checkpoint; optimizer and schedule follow when the trainer has made them."""
+        self._check_passes(Journal(**start.state["journal"]).passes)
         self.trainer.journal = Journal(**start.state["journal"])
         self.trainer.watchdog.restore(self.journal.watchdog)
         self._set_adapter(start.state["adapter"])
@@ -70,14 +72,23 @@ class Course(TrainerCallback):  # type: ignore[misc]
             self.trainer.allocator.restore(start.state["allocator"])
         if self.checkpoints is not None:
             self.checkpoints.forget_after(start.step)
-        if self.journal.gradient_checkpointing and not self.trainer.spec.gradient_checkpointing:
-            checkpoint_activations(self.trainer.tuned)
+        if self.journal.gradient_checkpointing and self.journal.concedes(self.trainer.spec):
+            checkpoint_activations(self.trainer.tuned, self.journal.checkpointed_blocks)
         self._start = start
+
+    def _check_passes(self, before: list[str]) -> None:
+        now = self.trainer.paths.names
+        if before != now:
+            raise TrainingError(
+                f"the run's passes took these shortcuts: {', '.join(before) or 'none'}; now they would take: "
+                f"{', '.join(now) or 'none'}",
+                expected="the same ones, or the resumed run would round differently",
+                hint="go on with the versions and the hardware that the run began with",
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set optimizer, schedule and position to those of the checkpoint."""
         state.global_step = self.journal.step
-        leave_inputs_alone(self.trainer.tuned)  # Trainer has switched checkpointing on
         if self._start is None:
             if self._team.rank:  # or all processes would drop the same activations
                 set_seed(self.trainer.spec.seed + self._team.rank)

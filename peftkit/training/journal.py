@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from peftkit.training.spec import TrainSpec
 from peftkit.training.step import StepResult
 
 
@@ -12,10 +13,14 @@ from peftkit.training.step import StepResult
 class Journal:
     """The run so far, as plain values; a checkpoint keeps it."""
 
-    micro_batch: int
-    """Rows that go through the model at once; smaller than configured after the device ran out of memory."""
+    tokens_at_once: int
+    """Tokens that go through the model at once; fewer than planned after the device ran out of memory."""
     gradient_checkpointing: bool
     """Switched on when one row at a time is still too much."""
+    checkpointed_blocks: int | None = None
+    """How many of the blocks are recomputed then; None for all."""
+    passes: list[str] = field(default_factory=list)
+    """The shortcuts of its passes: other ones would round differently."""
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
@@ -50,6 +55,11 @@ class Journal:
             return False
         self.best_step, self.best_nll, self.worse = self.step, nll, 0
         return True
+
+    def concedes(self, spec: TrainSpec) -> bool:
+        """Whether more is recomputed than the settings say."""
+        asked = spec.gradient_checkpointing, spec.checkpointed_blocks
+        return (self.gradient_checkpointing, self.checkpointed_blocks) != asked
 
     def as_state(self) -> dict[str, Any]:
         """As plain JSON values; `Journal(**state)` is equal."""

@@ -240,7 +240,8 @@ class Ledger:
         entry = self._see(tensor, "elsewhere")
         if entry is not None:
             self._saved.add(entry)
-        return tensor
+        # An operation that saves its own result would hold itself if it got that back, in a graph that is not run.
+        return tensor.detach()
 
     def _enter_module(self, module: torch.nn.Module, inputs: Any) -> None:
         if id(module) not in self._names:

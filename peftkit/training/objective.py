@@ -16,6 +16,7 @@ import torch
 
 from peftkit.errors import TrainingError
 from peftkit.training import random_state
+from peftkit.training.passes.paths import Paths
 from peftkit.training.regularize.adversarial import ascent, uniform_start
 from peftkit.training.regularize.dropout import Place, dropout_at, drops, places_of_dropout
 from peftkit.training.regularize.embeddings import Change, changed, neftune, tokens_of, width_of
@@ -33,12 +34,14 @@ class Work:
     """One micro-batch of a step, and how to go through the model with it."""
 
     model: Any
-    batch: dict[str, torch.Tensor]
-    """input_ids, attention_mask and labels, as `generation.forward.pad` makes them."""
+    batch: dict[str, Any]
+    """Inputs and labels, as `passes.paths.Paths.laid` makes them."""
     forward: Callable[[], AbstractContextManager[Any]]
     """Autocast: what belongs around a forward pass alone."""
     backward: Callable[[torch.Tensor], None]
     """Adds the gradients of a sum over answer tokens; the step divides it by the tokens of all its rows."""
+    paths: Paths
+    """The shortcuts of the passes."""
 
 
 class Objective:
@@ -59,7 +62,7 @@ class Objective:
 
     def _pass(self, work: Work, share: float = 1.0) -> float:
         with work.forward():
-            loss, nll = self.loss(work.model, work.batch)
+            loss, nll = self.loss(work.model, work.batch, work.paths)
         value = float(nll.detach())
         work.backward(loss if share == 1.0 else loss * share)
         return value

@@ -14,11 +14,14 @@ import torch
 from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from peftkit.data.chat import Example
+from peftkit.data.encoded import longest
 from peftkit.generation.forward import autocast, row_nll
 from peftkit.generation.generate import generate
 from peftkit.training import random_state
 from peftkit.training.memory import checkpoint_activations, keep_activations, release
 from peftkit.training.objective import objective
+from peftkit.training.passes.paths import Paths, paths_for
+from peftkit.training.passes.split import lengths, tokens_of
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step
 from peftkit.tuning.tuned import Tuned
@@ -75,11 +78,12 @@ def probe(
     device, tokenizer = backbone.device, backbone.tokenizer
     before = random_state.capture(device)
     try:
-        longest = _longest(examples, min(spec.per_device_train_batch_size, spec.rows_per_step))
+        paths, at_once = paths_for(tuned, spec), tokens_of(examples, spec, device)
+        fullest = _fullest(longest(examples, spec.rows_per_step), paths, at_once)
         with _as_in_training(tuned, spec) as around:
-            tokens = sum(len(row.input_ids) for row in longest)
-            step = _measured(device, lambda: _step(tuned, spec, longest, around), tokens)
-        rows = _longest(held_out, evaluation_batch)
+            tokens = sum(len(row.input_ids) for row in fullest)
+            step = _measured(device, lambda: _step(tuned, spec, fullest, around, paths, at_once), tokens)
+        rows = longest(held_out, evaluation_batch)
         likelihood = answered = None
         tuned.model.eval()
         if rows:
@@ -98,15 +102,17 @@ def probe(
         release(device)
 
 
-def _longest(rows: Sequence[Example], count: int) -> list[Example]:
-    return sorted(rows, key=lambda row: len(row.input_ids), reverse=True)[:count]
+def _fullest(rows: Sequence[Example], paths: Paths, tokens_at_once: int) -> list[Example]:
+    """Of the micro-batches that these rows make, the one with most tokens."""
+    batches = [[rows[index] for index in batch] for batch, _ in paths.micro_batches(lengths(rows), tokens_at_once)]
+    return max(batches, key=lambda batch: sum(lengths(batch)))
 
 
 @contextlib.contextmanager
 def _as_in_training(tuned: Tuned, spec: TrainSpec) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """The model as training has it; the value is what a forward and backward pass runs in."""
     if spec.gradient_checkpointing:
-        checkpoint_activations(tuned)
+        checkpoint_activations(tuned, spec.checkpointed_blocks)
     try:
         yield get_act_offloading_ctx_manager(tuned.model) if spec.activation_offloading else contextlib.nullcontext()
     finally:
@@ -114,7 +120,12 @@ def _as_in_training(tuned: Tuned, spec: TrainSpec) -> Iterator[contextlib.Abstra
 
 
 def _step(
-    tuned: Tuned, spec: TrainSpec, rows: Sequence[Example], around: contextlib.AbstractContextManager[Any]
+    tuned: Tuned,
+    spec: TrainSpec,
+    rows: Sequence[Example],
+    around: contextlib.AbstractContextManager[Any],
+    paths: Paths,
+    tokens_at_once: int,
 ) -> None:
     backbone = tuned.backbone
     tuned.model.train()
@@ -125,9 +136,10 @@ def _step(
         device=backbone.device,
         forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
         objective=objective(tuned, spec.regularize, trunk_cache=spec.trunk_cache),
+        paths=paths,
     )
     with around:
-        step.run(len(rows))
+        step.run(tokens_at_once)
     trained = list(tuned.trainable.values())
     values = [parameter.detach().to("cpu", copy=True) for parameter in trained]
     torch.optim.AdamW(trained, lr=1e-9).step()

@@ -20,9 +20,12 @@ from peftkit.locations import cache_root
 from peftkit.training.bound import rows_digest
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.course import MEASURED_AT_ONCE, Course
+from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.journal import Journal
-from peftkit.training.memory import is_out_of_memory, keep_activations, peak_bytes, reset_peak
+from peftkit.training.memory import checkpoint_activations, keep_activations, peak_bytes, reset_peak
 from peftkit.training.parallel import Team, digest, team
+from peftkit.training.passes.paths import Paths, paths_for, paths_of, side_by_side
+from peftkit.training.passes.split import tokens_of
 from peftkit.training.rates import learning_rate
 from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.spec import TrainSpec
@@ -77,13 +80,15 @@ def train(
     start: Checkpoint | None = None,
     bound_to: Mapping[str, Any] | None = None,
     cache: Path | None = None,
+    paths: Paths | None = None,
     report: Report = silent,
     log: Log = lambda step, figures: None,
 ) -> Trained:
     """Train the adapter on `examples`, from the beginning or from the checkpoint `start`.
 
     `log` receives the figures of every step; `bound_to` is kept in every checkpoint; `cache` is the folder for
-    train.trunk_cache, by default the user's. Raises TrainingError for a loss that is not finite or float16 compute,
+    train.trunk_cache, by default the user's; `paths` are the shortcuts of the passes, by default those that are found
+    to change nothing. Raises TrainingError for a loss that is not finite or float16 compute,
     OutOfMemory when not even one row fits, Stopped after SIGINT or SIGTERM.
     """
     _check(tuned, spec, held_out)
@@ -94,8 +99,17 @@ def train(
     _check_team(together, spec)
     facts = {"settings": spec.model_dump(), "rows": rows_digest(examples), "base": tuned.backbone.identity.fingerprint}
     together.agree({**facts, "adapter at the start": digest(tuned.trainable)})
+    if paths is not None and paths.flat and side_by_side(spec):
+        raise TrainingError(
+            "a cached trunk, noise on embeddings and R-Drop need rows side by side, and paths.flat is set",
+            expected="Paths(flat=False)",
+        )
+    if paths is None:
+        paths = paths_for(tuned, spec, sharded=together.sharded, report=report)
     with _model_as_it_was(tuned), _trained_part(tuned, examples, plan, held_out, spec, together, cache, report) as part:
-        trainer = StepTrainer(part, examples, plan, spec, folder, report, log, together)
+        trainer = StepTrainer(part, examples, plan, spec, folder, report, log, together, paths=paths_of(paths, part))
+        if spec.gradient_checkpointing:
+            checkpoint_activations(part, spec.checkpointed_blocks)
         if together.sharded:
             shard(tuned.model, tuned.backbone.device, together.size, reshard=together.group.reshard)
         with StopRequest(report) as stop:
@@ -154,7 +168,7 @@ def _trained_part(
         yield tuned
         return
     check_cached(spec, together, sum(map(len, plan.steps)) / len(examples), report)
-    passes = training_passes(examples, plan, spec.per_device_train_batch_size)
+    passes = training_passes(examples, plan, tokens_of(examples, spec, tuned.backbone.device))
     if spec.eval_steps:
         passes += measuring_passes(held_out, tuned.model, MEASURED_AT_ONCE)
     with cached_trunk(tuned, passes, cache or cache_root().path, spec.regularize.dropout, report) as part:

@@ -41,6 +41,8 @@ class TrainSpec(Spec):
     """Forward passes per optimizer step; a step sees this many times per_device_train_batch_size rows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpointed_blocks: int | None = Field(default=None, gt=0)
+    """With gradient_checkpointing: recompute only so many blocks, the lowest that train; None recomputes all."""
     activation_offloading: bool = False
     """Keep activations in host memory between forward and backward pass: less GPU memory, more time; needs CUDA."""
     trunk_cache: bool = False
@@ -71,6 +73,12 @@ class TrainSpec(Spec):
     def _patience_needs_measurements(self) -> Self:
         if self.early_stopping_patience and not self.eval_steps:
             raise ValueError("early_stopping_patience needs eval_steps: nothing is measured during training")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_of_checkpointing(self) -> Self:
+        if self.checkpointed_blocks and not self.gradient_checkpointing:
+            raise ValueError("checkpointed_blocks needs gradient_checkpointing=true: nothing is recomputed without it")
         return self
 
     @model_validator(mode="after")

@@ -36,6 +36,8 @@ from peftkit.training.journal import Journal
 from peftkit.training.memory import leave_inputs_alone, peak_bytes, within_memory
 from peftkit.training.objective import objective
 from peftkit.training.parallel import Team
+from peftkit.training.passes.paths import Paths
+from peftkit.training.passes.split import tokens_of
 from peftkit.training.rates import learning_rate, warmup_steps
 from peftkit.training.schedule import Schedule
 from peftkit.training.spec import TrainSpec
@@ -64,8 +66,11 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         report: Report,
         log: Log,
         team: Team | None = None,
+        *,
+        paths: Paths | None = None,
     ) -> None:
         backbone = tuned.backbone
+        self.paths = paths or Paths()
         self.team = team = team or Team(ProcessGroup())
         optim = None
         if spec.optim == "auto":
@@ -74,7 +79,8 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         report(decision)
         self.examples, self.plan, self.spec, self.tuned = examples, plan, spec, tuned
         self.report, self.log_step = report, log
-        self.journal = Journal(spec.per_device_train_batch_size, spec.gradient_checkpointing)
+        at_once = tokens_of(examples, spec, backbone.device)
+        self.journal = Journal(at_once, spec.gradient_checkpointing, spec.checkpointed_blocks, passes=self.paths.names)
         self.watchdog = Watchdog(
             len(plan), learning_rate=learning_rate(tuned, spec), warmup_steps=warmup_steps(spec, len(plan))
         )
@@ -173,6 +179,7 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
             team=self.team,
             objective=self.objective,
+            paths=self.paths,
         )
         self.result = within_memory(
             step, self.journal, self.tuned, self.report, around=lambda: self.maybe_activation_offload_context
@@ -261,8 +268,7 @@ def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, o
         packing=False,
         bf16=False,  # mixed precision is ours: generation.forward.autocast, the same in evaluation
         fp16=False,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
+        gradient_checkpointing=False,  # training.memory.checkpoint_activations: upstream knows no single blocks
         activation_offloading=spec.activation_offloading,
         logging_nan_inf_filter=False,
         logging_steps=1,

@@ -54,15 +54,19 @@ def order(base: Architecture, asked: Setting, setting: Setting) -> tuple[Any, ..
     return -setting.bits, setting.activation_offloading, optim, float(f"{seconds:.6g}")
 
 
-def grid(asked: Setting) -> list[Setting]:
+def grid(asked: Setting, layers: int = 1) -> list[Setting]:
     """Every setting that `fit` may answer with, with the least evaluation batch."""
     micro_batches = [count for count in range(1, asked.rows_per_step + 1) if asked.rows_per_step % count == 0]
     optims = ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] if asked.optim == "adamw_torch" else [asked.optim]
     optims += ["paged_adamw_8bit"] if asked.optim == "adamw_8bit" else []
     bits = [count for count in (16, 8, 4) if count <= asked.bits] if asked.method != "full" else [asked.bits]
-    names = ("micro_batch", "gradient_checkpointing", "optim", "activation_offloading", "bits")
-    values = itertools.product(micro_batches, [False, True], optims, [False, True], bits)
-    return [replace(asked, evaluation_batch=1, **dict(zip(names, each, strict=True))) for each in values]
+    names = ("micro_batch", "optim", "activation_offloading", "bits", "gradient_checkpointing", "checkpointed_blocks")
+    blocks = [(False, None), (True, None), *((True, count) for count in range(1, layers))]
+    settings: list[Setting] = []
+    for *each, again in itertools.product(micro_batches, optims, [False, True], bits, blocks):
+        values: dict[str, Any] = dict(zip(names, (*each, *again), strict=True))
+        settings.append(replace(asked, evaluation_batch=1, **values))
+    return settings
 
 
 bases = st.builds(
@@ -90,7 +94,15 @@ askings = st.builds(
 )
 shares = st.floats(0.2, 1.2)
 """Budget over what the setting needs as it was asked for."""
-NAMES = ["micro_batch", "gradient_checkpointing", "optim", "activation_offloading", "bits", "evaluation_batch"]
+NAMES = [
+    "micro_batch",
+    "gradient_checkpointing",
+    "checkpointed_blocks",
+    "optim",
+    "activation_offloading",
+    "bits",
+    "evaluation_batch",
+]
 fixings = st.frozensets(st.sampled_from(NAMES), max_size=3)
 
 
@@ -115,10 +127,10 @@ def test_a_fit_keeps_to_the_budget_the_effective_batch_the_rows_and_what_is_fixe
 
 
 @settings(max_examples=4, deadline=None)
-@given(bases, askings, shares)
+@given(bases.filter(lambda base: base.layers <= 6), askings, shares)
 def test_nothing_on_the_whole_grid_is_better(base: Architecture, asked: Setting, share: float) -> None:
     budget = int(share * high(base, asked))
-    fitting = [setting for setting in grid(asked) if high(base, setting) <= budget]
+    fitting = [setting for setting in grid(asked, base.layers) if high(base, setting) <= budget]
     try:
         found = fit(base, asked, budget, machine=CARD).setting
     except TrainingError:
@@ -169,6 +181,28 @@ def test_memory_that_is_free_is_used_unless_the_field_was_asked_for() -> None:
     assert (free.micro_batch, free.gradient_checkpointing) == (16, False)
     kept = fit(LLAMA_1B, asked, 80 * GB, fixed=frozenset({"micro_batch", "gradient_checkpointing"}))
     assert (kept.setting, kept.decisions) == (asked, ())
+
+
+def test_no_more_blocks_are_checkpointed_than_needed() -> None:
+    asked = Setting(micro_batch=4, rows_per_step=4, longest=2048, labelled=2048, evaluation_batch=1,
+                    evaluation_longest=64, max_new_tokens=8)  # fmt: skip
+    kept = frozenset({"micro_batch", "optim", "activation_offloading", "bits"})
+    all_, none = (high(LLAMA_1B, replace(asked, gradient_checkpointing=on)) for on in (True, False))
+    counts = []
+    for share in range(10):
+        budget = all_ + (none - 1 - all_) * share // 9
+        found = fit(LLAMA_1B, asked, budget, machine=CARD, fixed=kept)
+        counts.append(found.setting.checkpointed_blocks or LLAMA_1B.layers)
+        fewer = replace(found.setting, checkpointed_blocks=counts[-1] - 1)
+        if counts[-1] == 1:
+            fewer = replace(asked, gradient_checkpointing=False)
+        assert high(LLAMA_1B, fewer) > budget
+    # The last block's activations are all there at the start of the backward pass, computed again or not.
+    assert (counts[0], counts[-1]) == (15, 1)
+    assert counts == sorted(counts, reverse=True)
+    assert any("checkpointing of the lowest block alone: " in each.reason for each in found.decisions)
+    whole = fit(LLAMA_1B, asked, none - 1, machine=CARD, fixed=kept | {"checkpointed_blocks"}).setting
+    assert (whole.gradient_checkpointing, whole.checkpointed_blocks) == (True, None)
 
 
 def test_an_8b_base_on_a_10_gb_card() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,19 +17,25 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from peftkit.backbone.quantize import quantize
 from peftkit.data.chat import IGNORED, Example
 from peftkit.evaluation.held_out import ANSWERS_PER_ROW
-from peftkit.generation.forward import LOGITS_BYTES, row_nll, token_nll
+from peftkit.generation.forward import LOGITS_BYTES, row_nll
 from peftkit.generation.limits import Limits
 from peftkit.generation.rows import rounded
 from peftkit.planning import evaluation as planned
+from peftkit.planning import head
 from peftkit.planning.activations import activations
 from peftkit.planning.architecture import architecture
 from peftkit.planning.backward import Backward
 from peftkit.planning.evaluation import measuring
+from peftkit.planning.head import chunk_rows
 from peftkit.planning.memory import Range, exactly, plan_memory
 from peftkit.planning.setting import Setting
 from peftkit.planning.tape import Tape
 from peftkit.planning.weights import trained_parameters, weights
 from peftkit.training.ledger import Ledger
+from peftkit.training.passes import head as passes_head
+from peftkit.training.passes.head import Head
+from peftkit.training.passes.paths import Paths
+from peftkit.training.regularize.losses import TokenLoss
 
 MODELS = json.loads((Path(__file__).parents[2] / "benchmarks" / "published_memory.json").read_text())["models"]
 SMOLLM2 = architecture(MODELS["smollm2-135m"])
@@ -85,12 +91,31 @@ def test_a_full_fine_tune_holds_weights_gradients_and_states_of_everything() -> 
 
 
 def test_logits_and_cache_by_hand() -> None:
-    plan = plan_memory(SMOLLM2, replace(CPU, labelled=100, micro_batch=2, longest=128, gradient_checkpointing=True))
+    setting = replace(CPU, labelled=100, micro_batch=2, longest=128, gradient_checkpointing=True)
+    plan = plan_memory(SMOLLM2, replace(setting, passes="plain"))
     assert plan.part("logits").bytes.expected == pytest.approx(12 * 2 * 100 * 49152, rel=0.02)
+    states = 4 * 2 * 100 * 576  # what the head reads, and the gradient of that
+    assert plan_memory(SMOLLM2, setting).part("logits").bytes.expected == 4 * 2 * 100 * 49152 + 2 * states
     cache = plan_memory(SMOLLM2, replace(CPU, evaluation_batch=4, evaluation_longest=96, max_new_tokens=32))
     assert cache.part("KV cache").bytes.expected == 3 * 4 * 128 * 30 * 2 * 192 * 4
     longer = plan_memory(SMOLLM2, replace(CPU, evaluation_batch=4, evaluation_longest=97, max_new_tokens=32))
     assert longer.part("KV cache").bytes.expected == 3 * 4 * 192 * 30 * 2 * 192 * 4  # rows grow by 64 tokens
+
+
+def test_logits_of_many_tokens_need_no_more_than_a_chunk() -> None:
+    """16-bit logits have a float32 copy besides, and their slope in 16 bits.
+
+    Only what the head reads, and the gradient of that, grow with the tokens.
+    """
+    assert head.LOGITS_BYTES == passes_head.LOGITS_BYTES
+    rows = chunk_rows(49152)
+    assert rows == passes_head.Head(torch.nn.Identity(), 49152).rows == 341
+    for compute, per_logit in (("float32", 4), ("bfloat16", 8)):
+        setting = Setting(compute_dtype=compute, dtype=compute, longest=2048, labelled=2048, micro_batch=1)
+        size = 2 if compute == "bfloat16" else 4
+        plans = [plan_memory(SMOLLM2, replace(setting, micro_batch=count)).part("logits").bytes for count in (1, 3)]
+        for count, found in zip((1, 3), plans, strict=True):
+            assert found.expected == per_logit * rows * 49152 + 2 * size * count * 2048 * 576
 
 
 def test_the_plan_knows_how_answers_are_generated() -> None:
@@ -146,7 +171,7 @@ def test_checkpointing_asks_for_no_gradient_at_the_embedding() -> None:
 def test_layers_that_slide_have_masks_for_rows_beyond_their_window() -> None:
     config = {**TINY, "model_type": "gemma3_text", "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 64}
     base = architecture(config)
-    setting = replace(CPU, micro_batch=2, longest=96, labelled=95)
+    setting = replace(CPU, micro_batch=2, longest=96, labelled=95, passes="padded")
     beyond, within = (activations(replace(base, window=each), setting).kept for each in (64, 96))
     numbers, shared = 2 * 96 * 96 * 4, 2 * 96 * 96
     per_head = 2 * 2 * 96 * (4 - 2) * 16 * 4  # keys and values are repeated for the query heads
@@ -167,7 +192,7 @@ def test_measuring_held_out_rows_needs_what_the_ledger_counts() -> None:
         assert measuring(base, setting).expected == pytest.approx(ledger.account().peak, rel=0.05)
 
 
-def saved(model: Any, rows: int, length: int) -> int:
+def saved(model: Any, rows: int, length: int, paths: Paths) -> int:
     """Bytes of the storages that autograd keeps after a forward pass, without the model's own."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
@@ -180,16 +205,18 @@ def saved(model: Any, rows: int, length: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.randint(0, 259, (rows, length))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        token_nll(model, batch)
+    ids = torch.randint(0, 259, (rows, length)).tolist()
+    made = [Example(row, row, 1, index, f"made:{index}") for index, row in enumerate(ids)]
+    laid = paths.laid(model, made, flat=paths.flat, pad_id=0, device=torch.device("cpu"))
+    with paths.around(model), laid as batch, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        TokenLoss()(model, batch, paths)
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("passes", ["plain", "flat"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma", "olmo2", "phi3", "stablelm", "gpt2", "opt"])
-def test_kept_activations_are_what_autograd_saves(name: str, method: str) -> None:
+def test_kept_activations_are_what_autograd_saves(name: str, method: str, passes: Literal["plain", "flat"]) -> None:
     changes: dict[str, Any] = dict(TINY)
     if name in ("gemma", "qwen3"):
         changes["head_dim"] = 16
@@ -207,11 +234,15 @@ def test_kept_activations_are_what_autograd_saves(name: str, method: str) -> Non
         spec = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", fan_in_fan_out=transposed)
         model = get_peft_model(model, spec)
     setting = replace(CPU, method=method, in_place=method == "full", r=8, micro_batch=2, rows_per_step=2, longest=96)
-    setting = replace(setting, labelled=95)
+    setting = replace(setting, labelled=95, passes=passes)
     found = activations(architecture(config.to_dict()), setting)
     # Ids, mask and labels are alive, though autograd does not save them all.
-    log_softmax = 4 * 2 * 95 * 259
-    assert saved(model, 2, 96) == pytest.approx(found.kept + log_softmax, rel=0.01)
+    paths, loss = Paths(), 4 * 2 * 95 * 259  # the log-softmax
+    if passes == "flat":  # gradients of what the head reads, and of its weight; the model's own, empty, product with it
+        scored = Head(model.get_base_model().lm_head if method == "lora" else model.lm_head, 259)
+        paths = Paths(scored, keeps_some=True, flat=name != "stablelm", fused=method == "lora")
+        loss = 4 * 64 * (2 * 95 + 2 * 95 + 259 if method == "full" else 2 * 95)
+    assert saved(model, 2, 96, paths) == pytest.approx(found.kept + loss, rel=0.01)
 
 
 EXAMPLES = st.builds(
@@ -241,7 +272,8 @@ def test_more_work_never_needs_less_memory(base: Any, setting: Setting) -> None:
     assert 0 < here.low <= here.expected <= here.high
     more = [
         replace(setting, micro_batch=setting.micro_batch + 1, rows_per_step=max(setting.rows_per_step, 9)),
-        replace(setting, longest=setting.longest + 64),
+        # A CPU takes fewer rows at once where they are longer, and so fewer labels if each row has as many.
+        replace(setting, longest=setting.longest + 64, labelled=setting.labelled + 64),
         replace(setting, labelled=setting.labelled + 64),
         replace(setting, r=setting.r + 1),
     ]
@@ -285,9 +317,11 @@ def test_the_file_stays_mapped_where_a_process_uses_its_tensors() -> None:
         assert plan_memory(base, other).part("mapped file").bytes == exactly(0)
 
 
-def test_a_batch_of_rows_of_different_lengths_needs_more() -> None:
-    plan = plan_memory(SMOLLM2, replace(CPU, micro_batch=4, longest=256, labelled=8))
-    assert plan.stage("train").bytes.high > plan.stage("train").bytes.expected
+def test_rows_of_different_lengths_need_masks_where_they_stand_side_by_side() -> None:
+    setting = Setting(micro_batch=4, longest=256, labelled=8)
+    for passes, needs_more in (("flat", False), ("padded", True)):
+        kept = plan_memory(SMOLLM2, replace(setting, passes=passes)).part("activations").bytes  # type: ignore[arg-type]
+        assert (kept.high > kept.expected) is needs_more
 
 
 def test_int8_layers_keep_their_inputs_under_checkpointing() -> None:

@@ -38,7 +38,9 @@ from peftkit.training.holdings import held
 from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations
 from peftkit.training.objective import objective
+from peftkit.training.passes.paths import paths_for
 from peftkit.training.regularize.spec import RegularizeSpec
+from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import METHODS, AdapterSpec
@@ -103,6 +105,8 @@ class Cell:
     checkpointing: bool
     compute: Literal["float32", "bfloat16"] = "float32"
     regularize: RegularizeSpec = field(default_factory=RegularizeSpec)
+    blocks: int | None = None
+    """Of those that checkpointing recomputes."""
 
     def __str__(self) -> str:
         settings = {name: value for name, value in self.spec.model_dump(exclude_unset=True).items() if name != "method"}
@@ -151,14 +155,15 @@ def measured(folder: Path, cell: Cell, cache: Path) -> dict[str, int]:
     tuned = inject(backbone, spec)
     around = objective(tuned, cell.regularize)
     if cell.checkpointing:
-        checkpoint_activations(tuned)
+        checkpoint_activations(tuned, cell.blocks)
     tuned.model.train()
     optimizer = torch.optim.AdamW(tuned.trainable.values(), foreach=False)
+    paths = paths_for(tuned, TrainSpec(regularize=cell.regularize))
 
     def step(rows: int, tokens: int) -> None:
-        options: dict[str, Any] = {"pad_id": 2, "device": torch.device("cpu"), "objective": around}
+        options: dict[str, Any] = {"pad_id": 2, "device": torch.device("cpu"), "objective": around, "paths": paths}
         forward = lambda: autocast(torch.device("cpu"), backbone.placement.compute_dtype)  # noqa: E731
-        Step(tuned.model, made_rows(rows, tokens), forward=forward, **options).run(rows)
+        Step(tuned.model, made_rows(rows, tokens), forward=forward, **options).run(rows * tokens)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -184,6 +189,7 @@ def setting_of(folder: Path, cell: Cell) -> Setting:
         **what_is_trained(base, cell.spec), **what_regularizers_hold(cell.regularize), bits=cell.bits,  # type: ignore[arg-type]
         compute_dtype=cell.compute, dtype=cell.compute, device="cpu", micro_batch=ROWS, rows_per_step=ROWS,
         longest=TOKENS, labelled=TOKENS - 1, evaluation_batch=1, gradient_checkpointing=cell.checkpointing,
+        checkpointed_blocks=cell.blocks,
     )  # fmt: skip
 
 
@@ -305,6 +311,30 @@ def test_r_drop(llama: Path, checkpointing: bool, tmp_path: Path) -> None:
     check(llama, Cell(spec, 4, checkpointing, regularize=RegularizeSpec(r_drop=1.0)), tmp_path)
 
 
+SOME = [({"method": "lora", "r": 8}, bits, count) for bits in (32, 4) for count in range(1, BLOCKS + 1)]
+SOME += [({"method": "full"}, 32, count) for count in (1, 2, 4)]
+SOME += [({"method": "lora", "r": 8, "layers": "top:4"}, 32, count) for count in (1, 3)]
+SOME += [({"method": "lora", "r": 8, "layers": "0,2,4"}, 4, count) for count in (1, 2, 3)]
+SOME += [({"method": "top_layers", "top_layers": 2}, 32, 1), ({"method": "dora", "r": 8}, 4, 2)]
+
+
+def check_some_blocks(folder: Path, values: dict[str, Any], bits: int, count: int, cache: Path) -> None:
+    check(folder, Cell(AdapterSpec(**values), bits, True, blocks=count), cache)
+
+
+@pytest.mark.parametrize(("values", "bits", "count"), [SOME[1], SOME[12]], ids=["lora", "full"])
+def test_some_blocks_are_computed_again(llama: Path, values: dict[str, Any], bits: int, count: int,
+                                        tmp_path: Path) -> None:  # fmt: skip
+    check_some_blocks(llama, values, bits, count, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("values", "bits", "count"), SOME, ids=lambda each: str(each).replace("'", ""))
+def test_any_number_of_blocks_is_computed_again(llama: Path, values: dict[str, Any], bits: int, count: int,
+                                                tmp_path: Path) -> None:  # fmt: skip
+    check_some_blocks(llama, values, bits, count, tmp_path)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("values", [{"method": "loha", "r": 8}, {"method": "lokr", "r": 4}], ids=lambda v: v["method"])
@@ -418,9 +448,9 @@ def test_a_cached_trunk_is_not_in_memory_and_runs_once() -> None:
 
 def test_what_regularizers_and_rank_scores_hold() -> None:
     base = architecture(SMOLLM2)
-    plain = Setting(r=8, micro_batch=2, rows_per_step=4, longest=128, labelled=128)
-    twice = activations(base, replace(plain, row_copies=2))
-    assert twice == activations(base, replace(plain, micro_batch=4, rows_per_step=8))
+    plain = Setting(r=8, micro_batch=2, rows_per_step=4, longest=128, labelled=128, lora_dropout=0.1)
+    twice = activations(base, replace(plain, row_copies=2))  # whole distributions, of rows side by side
+    assert twice == activations(base, replace(plain, micro_batch=4, rows_per_step=8, passes="plain"))
     count = trained_parameters(base, plain)
     held = plan_memory(base, replace(plain, starts=1))
     assert held.part("where training began").bytes.expected == 4 * count

@@ -13,6 +13,7 @@ from peftkit.planning.architecture import Architecture, architecture
 from peftkit.planning.devices import DEVICES, find_device
 from peftkit.planning.setting import Setting
 from peftkit.planning.time import (
+    Machine,
     Seconds,
     Workload,
     cpu,
@@ -98,6 +99,22 @@ def test_without_attention_full_is_6n_lora_4n_and_6p_and_checkpointing_adds_the_
     assert training_flops(SMOLLM2, rows_of(1, method="full", gradient_checkpointing=True), 0) == 6 * N + 2 * blocks
     again = 2 * blocks + 2 * P8
     assert training_flops(SMOLLM2, rows_of(1, r=8, gradient_checkpointing=True), 0) == 4 * N + 6 * P8 + again
+
+
+def test_blocks_that_are_not_checkpointed_are_not_computed_again() -> None:
+    setting = rows_of(512, r=8, gradient_checkpointing=True)
+    flops = [training_flops(SMOLLM2, replace(setting, checkpointed_blocks=count), 512) for count in (None, 30, 15, 3)]
+    none = training_flops(SMOLLM2, replace(setting, gradient_checkpointing=False), 512)
+    assert flops[0] == flops[1]
+    assert [each - none for each in flops[2:]] == pytest.approx([(flops[0] - none) / 2, (flops[0] - none) / 10])
+
+
+def test_short_rows_go_through_together() -> None:
+    """16 rows of 60 tokens are one pass where one row of 1,024 would be; each reads the weights, which is all here."""
+    machine, rows = Machine(1e20, 1e9, launches=False), rows_of(1024, micro_batch=1, rows_per_step=16, optim="sgd")
+    one, two, ten = (step_seconds(SMOLLM2, rows, machine, tokens).low for tokens in (60, 120, 600))
+    assert one == step_seconds(SMOLLM2, replace(rows, rows_per_step=1), machine, 60).low
+    assert ten - one == pytest.approx(9 * (two - one))  # 960, 1,920 and 9,600 tokens; the update is once
 
 
 def test_the_head_counts_where_there_are_labels() -> None:

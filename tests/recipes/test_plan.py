@@ -193,17 +193,17 @@ def test_a_wrong_target_is_named(name: str | None, budget: str | None, named: st
 def test_a_budget_keeps_the_effective_batch_and_what_was_asked_for(config_8b: Path) -> None:
     said: list[Event] = []
     target = card(quant(), None, "12GB")
-    batch = ["train.per_device_train_batch_size=4", "train.gradient_accumulation_steps=4", "data.max_length=2048"]
+    batch = ["train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=2", "data.max_length=2048"]
     found, changed = plan(config_8b, target, *batch, fit=True, report=said.append)
     train = changed.config.train
     assert train.rows_per_step == 16
-    assert (train.per_device_train_batch_size, train.gradient_checkpointing) == (1, True)
+    assert (train.per_device_train_batch_size, train.gradient_checkpointing) == (4, True)
     assert max(stage.bytes.high for stage in found.memory.stages) <= 12e9
     assert changed.sources["train.gradient_checkpointing"].startswith("budget of")
     assert any("keeps the effective batch 16" in event.reason for event in said if isinstance(event, Decision))
     assert any("the next concession would be" in event.text for event in said if isinstance(event, Note))
     with pytest.raises(TrainingError, match="the smallest peak is") as caught:
-        plan(config_8b, target, *batch, "train.gradient_checkpointing=false", fit=True)
+        plan(config_8b, card(quant(), None, "9.2GB"), *batch, "train.gradient_checkpointing=false", fit=True)
     assert "let gradient_checkpointing False → True" in str(caught.value)
 
 
@@ -272,6 +272,7 @@ def test_a_budget_is_kept_in_the_runs_settings(settings: list[str], tmp_path: Pa
     """Rows at once change, the effective batch and the loss do not."""
     rows = [{"prompt": f"count {i}", "completion": " ".join(str(i * n) for n in range(60))} for i in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [*settings, f"data.train={tmp_path / 'rows.jsonl'}", "evaluate.batch_size=1"]  # a step needs most
 
     def peak(micro_batch: int) -> int:
         batch = [

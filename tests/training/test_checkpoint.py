@@ -126,10 +126,10 @@ def test_another_format_is_named(tmp_path: Path) -> None:
     kept.write(1, state(1))
     head = kept.path(1) / "checkpoint.json"
     head.chmod(0o644)
-    head.write_text(head.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(RunError, match="has format 2") as caught:
+    head.write_text(head.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(RunError, match="has format 3") as caught:
         kept.load(1)
-    assert "format 1" in str(caught.value)
+    assert "format 2" in str(caught.value)
 
 
 def stocked(top: Path) -> Disk:

@@ -221,8 +221,8 @@ def llama(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 class Run:
     """One optimizer step of a model and the ledger's account of it."""
 
-    def __init__(self, model: Any, rows: list[Example], size: int = BATCH) -> None:
-        self.model, self.rows, self.size = model, rows, size
+    def __init__(self, model: Any, rows: list[Example], tokens: int = BATCH * LENGTH) -> None:
+        self.model, self.rows, self.tokens = model, rows, tokens
         self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, foreach=False)
         self.under(nullcontext())  # fills what a first call caches
@@ -236,7 +236,7 @@ class Run:
         """Run the step inside `watch`, and leave nothing of it."""
         step = Step(self.model, self.rows, pad_id=2, device=CPU, backward=backward)
         with watch:
-            step.run(self.size)
+            step.run(self.tokens)
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.optimizer.state.clear()
@@ -372,7 +372,7 @@ def test_watching_changes_no_gradient(
     for watch in (nullcontext(), Ledger(model)):
         step = Step(model, rows([9, LENGTH, 30]), pad_id=2, device=CPU)
         with watch:
-            step.run(2)
+            assert step.run(2 * LENGTH).micro_batches == 2
         found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
         model.zero_grad()
     assert len(found[0]) > 10

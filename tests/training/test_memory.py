@@ -15,12 +15,14 @@ import torch
 
 from peftkit.errors import OutOfMemory
 from peftkit.events import Warned
+from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.journal import Journal
-from peftkit.training.memory import is_out_of_memory, within_memory
+from peftkit.training.memory import within_memory
 from peftkit.training.step import Step
 from peftkit.tuning.tuned import Tuned
 
 # A run of four steps over eight rows of 512 tokens; from the second step on, the process may map so many MB more.
+# The CPU takes as many tokens at once as a GPU would.
 RUN = """
 import json, resource, sys
 from pathlib import Path
@@ -29,12 +31,14 @@ from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec
 from peftkit.data.chat import Example
 from peftkit.events import Warned
+from peftkit.planning import tokens
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
 from peftkit.errors import OutOfMemory
 
+tokens.CPU_TOKENS = 8 * 512
 folder, room, dropout = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 backbone = load_backbone(BaseSpec(source=sys.argv[4]), QuantSpec(bits=16), folder / "cache")
 tuned = inject(backbone, AdapterSpec(r=4, lora_dropout=dropout))
@@ -87,7 +91,7 @@ def test_the_step_is_repeated_in_smaller_pieces_with_the_same_loss(
     assert found["micro"]["1"] == 1.0
     assert found["micro"]["2"] == found["micro"]["4"] > 1.0, "what fits is kept for the rest of the run"
     assert "out of memory in step 2 with 8 rows at once, the longest of 512 tokens" in found["said"][0]
-    assert "the step is repeated with 4 at once" in found["said"][0]
+    assert "the step is repeated with 2,048 tokens at once" in found["said"][0]
     assert "the effective batch stays 8 rows" in found["said"][0]
     # float32 sums of 4,096 terms in another order
     assert list(found["losses"].values()) == pytest.approx(list(free["losses"].values()), rel=1e-5)
@@ -106,15 +110,15 @@ def allocate_too_much() -> None:
 def test_when_nothing_fits_the_error_says_what_would(tuned: Callable[..., Tuned], rows: Any) -> None:
     """Every attempt fails by a real allocation; each concession is made once, in order."""
     model, said = tuned(bits=4), []
-    journal = Journal(micro_batch=4, gradient_checkpointing=False)
-    step = Step(model.model, rows((5, 9, 7)), pad_id=2, device=torch.device("cpu"), forward=_Exhausted)
+    journal = Journal(tokens_at_once=4 * 9, gradient_checkpointing=False)
+    step = Step(model.model, rows((5, 9, 7, 8)), pad_id=2, device=torch.device("cpu"), forward=_Exhausted)
     with pytest.raises(OutOfMemory, match="step 1 with a single row of 9 tokens") as caught:
         within_memory(step, journal, model, said.append)
     assert "lower data.max_length" in str(caught.value)
     texts = [event.text for event in said if isinstance(event, Warned)]
     assert [text.split(": ")[1].split(";")[0] for text in texts] == [
-        "the step is repeated with 2 at once, and so from here on",
-        "the step is repeated with 1 at once, and so from here on",
+        "the step is repeated with 18 tokens at once, and so from here on",
+        "the step is repeated with 9 tokens at once, and so from here on",
         "the step is repeated with gradient checkpointing, and so from here on",
     ]
     model.model.get_base_model().gradient_checkpointing_disable()

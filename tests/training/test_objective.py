@@ -12,7 +12,7 @@ from torch import nn
 
 from peftkit.data.chat import Example
 from peftkit.errors import TrainingError
-from peftkit.generation.forward import by_length, pad, token_nll
+from peftkit.generation.forward import pad, token_nll
 from peftkit.training.checkpoint import Checkpoints
 from peftkit.training.memory import checkpoint_activations, keep_activations
 from peftkit.training.objective import Objective, Regularized, Work, objective
@@ -26,6 +26,10 @@ from peftkit.tuning.methods import AdapterSpec
 
 CPU = torch.device("cpu")
 RAGGED = (3, 30, 11, 7)
+WHOLE = 4 * 30
+"""Tokens of all four rows side by side."""
+SHORT = 3 * 11
+"""Tokens of the three short rows side by side: at this limit, or any below WHOLE, the long one goes alone."""
 Rows = Callable[..., list[Example]]
 Gradients = dict[str, torch.Tensor]
 
@@ -64,8 +68,10 @@ def _as_it_was(model: Any) -> Iterator[None]:
     assert {getattr(module, name) for module, name in places_of_dropout(model.model)} == {0.0}
 
 
-def stepped(model: Any, rows: list[Example], size: int, made: Objective | None = None) -> tuple[StepResult, Gradients]:
-    result = Step(model.model, rows, pad_id=2, device=CPU, objective=made).run(size)
+def stepped(
+    model: Any, rows: list[Example], tokens: int, made: Objective | None = None
+) -> tuple[StepResult, Gradients]:
+    result = Step(model.model, rows, pad_id=2, device=CPU, objective=made).run(tokens)
     return result, taken(model)
 
 
@@ -96,39 +102,39 @@ def moved_start(model: Any, **settings: Any) -> Regularized:
 # -- off
 
 
-def before_there_were_objectives(model: Any, rows: list[Example], size: int) -> tuple[float, Gradients]:
+def before_there_were_objectives(model: Any, rows: list[Example], split: list[list[int]]) -> tuple[float, Gradients]:
     """What a step computed then, statement by statement."""
     tokens, total = sum(label != -100 for row in rows for label in row.labels[1:]), 0.0
-    for indices in by_length(rows, size):
+    for indices in split:
         nll = token_nll(model.model, pad([rows[i] for i in indices], 2, CPU)).sum()
         total += float(nll.detach())
         (nll * 1 / tokens).backward()
     return total / tokens, taken(model)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_off_is_bitwise_what_it_was(model: Any, rows: Rows, size: int) -> None:
+@pytest.mark.parametrize(("tokens", "split"), [(1, [[0], [3], [2], [1]]), (SHORT, [[0, 3, 2], [1]])])
+def test_off_is_bitwise_what_it_was(model: Any, rows: Rows, tokens: int, split: list[list[int]]) -> None:
     made = rows(RAGGED)
-    loss, expected = before_there_were_objectives(model, made, size)
+    loss, expected = before_there_were_objectives(model, made, split)
     plain = objective(model, RegularizeSpec())
     assert type(plain) is Objective
     for each in (plain, None, Regularized(model, RegularizeSpec())):
-        result, found = stepped(model, made, size, each)
+        result, found = stepped(model, made, tokens, each)
         assert result.loss == loss
         assert same(found, expected)
 
 
 def test_freelb_of_one_step_that_goes_nowhere_is_plain(model: Any, rows: Rows) -> None:
     nowhere = {**FREELB, "adversarial_steps": 1, "adversarial_step_size": 0.0, "adversarial_epsilon": 1e-30}
-    expected = stepped(model, rows(RAGGED), 2)
-    assert same(stepped(model, rows(RAGGED), 2, objective(model, RegularizeSpec(**nowhere)))[1], expected[1])
+    expected = stepped(model, rows(RAGGED), SHORT)
+    assert same(stepped(model, rows(RAGGED), SHORT, objective(model, RegularizeSpec(**nowhere)))[1], expected[1])
 
 
 def test_r_drop_without_dropout_is_plain(model: Any, rows: Rows) -> None:
     """Two equal halves: the mean of both losses, and a divergence whose gradient is zero."""
     made = Regularized(model, RegularizeSpec(r_drop=3.0))
-    result, found = stepped(model, rows(RAGGED), 2, made)
-    plain, expected = stepped(model, rows(RAGGED), 2)
+    result, found = stepped(model, rows(RAGGED), SHORT, made)
+    plain, expected = stepped(model, rows(RAGGED), SHORT)
     assert result.loss == pytest.approx(plain.loss, rel=1e-6)
     assert apart(found, expected) < 1e-5  # the rounding of p - q, which is divided by nothing
 
@@ -139,12 +145,14 @@ def test_r_drop_without_dropout_is_plain(model: Any, rows: Rows) -> None:
 @pytest.mark.parametrize("settings", SURE, ids=str)
 def test_one_batch_of_four_is_four_of_one(model: Any, rows: Rows, settings: dict[str, Any]) -> None:
     made = moved_start(model, **settings)
-    whole, expected = stepped(model, rows(RAGGED), 4, made)
-    plain, without = stepped(model, rows(RAGGED), 4)
+    whole, expected = stepped(model, rows(RAGGED), WHOLE, made)
+    plain, without = stepped(model, rows(RAGGED), WHOLE)
     assert apart(without, expected) > 1e-3, "it is in force"
     assert whole.loss == pytest.approx(plain.loss, rel=1e-6), "what is shown is the NLL"
-    for size in (1, 3):
-        result, found = stepped(model, rows(RAGGED), size, made)
+    assert whole.micro_batches == 1
+    for tokens, micro_batches in ((1, 4), (SHORT, 2)):
+        result, found = stepped(model, rows(RAGGED), tokens, made)
+        assert result.micro_batches == micro_batches
         assert result.loss == pytest.approx(whole.loss, rel=1e-6)
         assert apart(found, expected) < (1e-5 if settings is FGM else 3e-6), "FGM's second pass begins with rounding"
 
@@ -162,14 +170,14 @@ class OncePerPass(Regularized):
 
 def test_a_penalty_for_every_micro_batch_would_be_caught(model: Any, rows: Rows) -> None:
     bug = OncePerPass(model, RegularizeSpec(l2=1e-2))
-    assert apart(stepped(model, rows(RAGGED), 4, bug)[1], stepped(model, rows(RAGGED), 1, bug)[1]) > 1e-3
+    assert apart(stepped(model, rows(RAGGED), WHOLE, bug)[1], stepped(model, rows(RAGGED), 1, bug)[1]) > 1e-3
 
 
 def test_the_gradient_is_that_of_the_whole_formula(model: Any, rows: Rows) -> None:
     """Autograd through the mean smoothed loss of all answer tokens and all three penalties."""
     settings = {"label_smoothing": 0.1, "l1": 1e-3, "l2": 1e-2, "l2_sp": 1e-2}
     made = moved_start(model, **settings)
-    found = stepped(model, rows(RAGGED), 2, made)[1]
+    found = stepped(model, rows(RAGGED), SHORT, made)[1]
     total, tokens = torch.zeros(()), 0
     for row in rows(RAGGED):
         logits, labels = model.model(torch.tensor([row.input_ids])).logits[0, :-1], torch.tensor(row.labels[1:])
@@ -219,12 +227,12 @@ def test_what_is_frozen_for_a_while_is_neither_mixed_nor_drawn_back(model: Any, 
 def test_repeating_a_step_draws_the_same(model: Any, rows: Rows, settings: dict[str, Any]) -> None:
     made = moved_start(model, **settings)
     step = Step(model.model, rows(RAGGED), pad_id=2, device=CPU, objective=made)
-    first = step.run(2)
+    first = step.run(SHORT)
     expected, after = taken(model), torch.get_rng_state()
     assert made.draws
-    step.run(2)
+    step.run(SHORT)
     assert apart(taken(model), expected) > 1e-3, "the draws differ from pass to pass"
-    assert step.repeat(2) == first
+    assert step.repeat(SHORT) == first
     assert same(taken(model), expected)
     assert torch.equal(torch.get_rng_state(), after)
 
@@ -233,12 +241,12 @@ def test_repeating_a_step_draws_the_same(model: Any, rows: Rows, settings: dict[
 def test_gradient_checkpointing_computes_with_the_same_draws(model: Any, rows: Rows, settings: dict[str, Any]) -> None:
     made = moved_start(model, **settings)
     step = Step(model.model, rows(RAGGED), pad_id=2, device=CPU, objective=made)
-    step.run(2)
+    step.run(SHORT)
     expected = taken(model)
     checkpoint_activations(model)
     try:
         assert model.inner.is_activation_checkpointing
-        step.repeat(2)
+        step.repeat(SHORT)
     finally:
         keep_activations(model)
     assert apart(taken(model), expected) < 1e-6
@@ -272,11 +280,11 @@ def test_the_mean_over_mixtures_is_the_gradient_at_the_weights(model: Any, rows:
 
 def test_noise_is_for_training_alone(model: Any, rows: Rows) -> None:
     made = objective(model, RegularizeSpec(neftune_alpha=50.0))
-    plain = stepped(model, rows(RAGGED), 2)[1]
-    assert apart(stepped(model, rows(RAGGED), 2, made)[1], plain) > 0.1
+    plain = stepped(model, rows(RAGGED), SHORT)[1]
+    assert apart(stepped(model, rows(RAGGED), SHORT, made)[1], plain) > 0.1
     model.model.eval()
     try:
-        assert same(stepped(model, rows(RAGGED), 2, made)[1], plain)
+        assert same(stepped(model, rows(RAGGED), SHORT, made)[1], plain)
     finally:
         model.model.train()
 

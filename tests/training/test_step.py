@@ -21,6 +21,8 @@ from peftkit.training.step import Step
 
 CPU = torch.device("cpu")
 RAGGED = (3, 60, 11, 7, 33, 5, 90, 21)
+WHOLE = len(RAGGED) * max(RAGGED)
+"""Tokens of all eight rows side by side."""
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -44,11 +46,13 @@ def test_one_batch_of_eight_is_eight_of_one(
 
     model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=dtype).train()
     step = Step(model, rows(RAGGED), pad_id=2, device=CPU)
-    whole = step.run(8)
+    whole = step.run(WHOLE)
+    assert whole.micro_batches == 1
     expected = gradients(model)
     assert len(expected) > 15
-    for size, batches in ((1, 8), (2, 4), (3, 3), (5, 2), (100, 1)):
-        result = step.run(size)
+    # Padded, the shortest first: 90 tokens are 3 5 7 11 | 21 33 | 60 | 90, and 180 are 3 5 7 11 21 | 33 60 | 90.
+    for tokens, batches in ((1, 8), (90, 4), (180, 3), (WHOLE - 1, 2), (WHOLE, 1), (100_000, 1)):
+        result = step.run(tokens)
         assert result.micro_batches == batches
         assert result.loss == pytest.approx(whole.loss, rel=limit)
         assert apart(gradients(model), expected) <= limit
@@ -60,9 +64,9 @@ def test_one_batch_is_many_through_nf4(tuned: Callable[..., Any], rows: Callable
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     step = Step(model, rows(RAGGED), pad_id=2, device=CPU)
-    step.run(8)
+    assert step.run(WHOLE).micro_batches == 1
     expected = gradients(model)
-    step.run(1)
+    assert step.run(1).micro_batches == len(RAGGED)
     assert apart(gradients(model), expected) <= 1e-6
 
 
@@ -73,9 +77,9 @@ def test_one_batch_is_many_on_the_embedded_base(embedded: Path, rows: Callable[.
 
     model = AutoModelForCausalLM.from_pretrained(embedded, dtype=torch.float32).train()
     step = Step(model, rows(RAGGED), pad_id=2, device=CPU)
-    step.run(8)
+    assert step.run(WHOLE).micro_batches == 1
     expected = gradients(model)
-    step.run(1)
+    assert step.run(1).micro_batches == len(RAGGED)
     assert apart(gradients(model), expected) <= 2e-5
 
 
@@ -102,18 +106,18 @@ def certain_rows() -> list[Example]:
     ]
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_tokens_weigh_the_same_in_long_and_short_answers(size: int) -> None:
-    result = Step(Certain(), certain_rows(), pad_id=0, device=CPU).run(size)
+@pytest.mark.parametrize(("tokens", "micro_batches"), [(1, 2), (2 * 121, 1)])
+def test_tokens_weigh_the_same_in_long_and_short_answers(tokens: int, micro_batches: int) -> None:
+    result = Step(Certain(), certain_rows(), pad_id=0, device=CPU).run(tokens)
     assert result.loss == pytest.approx(1.0625, abs=1e-6), "1.5 is the mean of the two rows' means"
     assert (result.answer_tokens, result.tokens) == (128, 130)
-    assert result.micro_batches == 3 - size
+    assert result.micro_batches == micro_batches
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_the_gradient_is_weighed_by_tokens_too(size: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 2 * 121])
+def test_the_gradient_is_weighed_by_tokens_too(tokens: int) -> None:
     model = Certain()
-    Step(model, certain_rows(), pad_id=0, device=CPU).run(size)
+    Step(model, certain_rows(), pad_id=0, device=CPU).run(tokens)
     # d nll / d shift = p - 1 for the token that is always right
     expected = (8 * (math.exp(-2) - 1) + 120 * (math.exp(-1) - 1)) / 128
     assert float(model.shift.grad) == pytest.approx(expected, rel=1e-6)
@@ -124,9 +128,9 @@ def test_the_first_token_of_a_row_is_never_predicted(rows: Callable[..., list[Ex
     assert step.answer_tokens == 3
 
 
-@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 180, WHOLE])
 def test_repeating_a_step_draws_the_same_dropout(
-    tuned: Callable[..., Any], rows: Callable[..., list[Example]], size: int
+    tuned: Callable[..., Any], rows: Callable[..., list[Example]], tokens: int
 ) -> None:
     model = tuned(bits=4, lora_dropout=0.3).model.train()
     for name, parameter in model.named_parameters():
@@ -134,13 +138,13 @@ def test_repeating_a_step_draws_the_same_dropout(
             nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(3)
     step = Step(model, rows(RAGGED), pad_id=2, device=CPU)
-    first = step.run(size)
+    first = step.run(tokens)
     expected = gradients(model)
     after = torch.get_rng_state()
     torch.rand(100)  # something else draws in between
-    other = step.run(size)
+    other = step.run(tokens)
     assert other.loss != first.loss, "without the saved state the draws differ: dropout is on"
-    again = step.repeat(size)
+    again = step.repeat(tokens)
     assert again == first
     found = gradients(model)
     assert found.keys() == expected.keys()

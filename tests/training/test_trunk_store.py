@@ -48,7 +48,7 @@ def make(
     """Make a run's cache, or take the one that is there; what was reported."""
     events: list[Event] = []
     plan = schedule(rows, TrainSpec(num_train_epochs=1, per_device_train_batch_size=batch, seed=seed))
-    with cached_trunk(tuned, training_passes(rows, plan, batch), cache, None, report or events.append):
+    with cached_trunk(tuned, training_passes(rows, plan, batch * max(LENGTHS)), cache, None, report or events.append):
         pass
     return events
 
@@ -223,7 +223,7 @@ def test_the_trunks_memory_is_gone_and_comes_back(
     shared = trunk.keys() & above.keys()  # the table of the 4-bit code, for one
     sizes = {key: storage.nbytes() for key, storage in trunk.items()}
     examples = rows(LENGTHS)
-    passes = training_passes(examples, schedule(examples, TrainSpec(num_train_epochs=1)), 8)
+    passes = training_passes(examples, schedule(examples, TrainSpec(num_train_epochs=1)), 8 * max(LENGTHS))
 
     with pytest.raises(KeyboardInterrupt), cached_trunk(model, passes, tmp_path, None, lambda event: None) as top:
         freed = {key for key, storage in trunk.items() if storage.nbytes() == 0}
@@ -248,7 +248,7 @@ def test_the_top_shares_what_is_trained_and_holds_no_block_below(
 ) -> None:
     model = tuned(four_blocks, **LORA)
     examples = rows(LENGTHS)
-    passes = training_passes(examples, schedule(examples, TrainSpec(num_train_epochs=1)), 8)
+    passes = training_passes(examples, schedule(examples, TrainSpec(num_train_epochs=1)), 8 * max(LENGTHS))
     with cached_trunk(model, passes, tmp_path, None, lambda event: None) as top:
         assert all(top.trainable[name] is parameter for name, parameter in model.trainable.items())
         layers = top.inner.model.layers

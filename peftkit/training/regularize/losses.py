@@ -9,6 +9,8 @@ import torch
 
 from peftkit.data.chat import IGNORED
 from peftkit.generation.forward import label_logits, token_nll
+from peftkit.training.passes.head import states_at_labels, summed_loss
+from peftkit.training.passes.paths import Paths
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,17 @@ class TokenLoss:
     label_smoothing: float = 0.0
     r_drop: float = 0.0
 
-    def __call__(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, model: Any, batch: dict[str, Any], paths: Paths | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss and the NLL, each a 0-dim sum over the answer tokens of `batch` in nats.
 
         With R-Drop, `batch` is one of `twice`, and both are means of its two halves.
         """
+        if paths is not None and paths.head is not None and not self.r_drop:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            states, targets = states_at_labels(paths.head, model, inputs, batch["labels"], keeps_some=paths.keeps_some)
+            return summed_loss(paths.head, states, targets, self.label_smoothing)
         if not self.label_smoothing and not self.r_drop:
             nll = token_nll(model, batch).sum()
             return nll, nll

@@ -21,7 +21,8 @@ from peftkit.errors import TrainingError
 from peftkit.events import Decision, Phase, Progress, Report, Warned
 from peftkit.generation.forward import autocast, label_logits, pad
 from peftkit.training import random_state
-from peftkit.training.memory import is_out_of_memory, release
+from peftkit.training.exhaustion import is_out_of_memory
+from peftkit.training.memory import release
 from peftkit.training.parallel import Team
 from peftkit.training.regularize.dropout import dropout_at, places_of_dropout
 from peftkit.training.spec import TrainSpec

@@ -11,7 +11,8 @@ import torch
 
 from peftkit.errors import OutOfMemory, TrainingError
 from peftkit.generation.forward import autocast, pad
-from peftkit.training.memory import is_out_of_memory, release
+from peftkit.training.exhaustion import is_out_of_memory
+from peftkit.training.memory import release
 from peftkit.training.trunk.passes import Pass
 from peftkit.tuning.depth import find_blocks
 from peftkit.tuning.methods import METHODS

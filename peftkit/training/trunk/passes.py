@@ -1,8 +1,8 @@
 """Which batches fill the cache, and where in it each row's states are.
 
 A state depends on the shape of the batch that it was computed in by rounding (1e-7 to 1e-6 in float32), so the cache is
-filled in the batches in which an uncached run shows each row for the first time: its first epoch is then bitwise the
-same. Rows with the same ids share the states of the first of them.
+filled in the batches in which an uncached run that pads its rows shows each for the first time: its first epoch is then
+bitwise the same. Rows with the same ids share the states of the first of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from peftkit.data.chat import Example
 from peftkit.generation.forward import Labelled, bounded, by_length
+from peftkit.training.passes.split import lengths, split
 from peftkit.training.schedule import Schedule
 
 
@@ -33,13 +34,13 @@ class Pass:
         return Pass(self.rows[:middle], self.training), Pass(self.rows[middle:], self.training)
 
 
-def training_passes(examples: Sequence[Example], plan: Schedule, micro_batch: int) -> list[Pass]:
+def training_passes(examples: Sequence[Example], plan: Schedule, tokens_at_once: int) -> list[Pass]:
     """The micro-batches of a run that show a row for the first time, as `training.step` splits its steps."""
     seen: set[int] = set()
     found = []
     for step in plan.steps:
         rows = [examples[index] for index in step]
-        for batch in by_length(rows, micro_batch):
+        for batch in split(lengths(rows), tokens_at_once, flat=False):
             if not seen.issuperset(step[at] for at in batch):
                 found.append(Pass(tuple(rows[at] for at in batch), training=True))
                 seen.update(step[at] for at in batch)
