@@ -2,14 +2,16 @@
 
     python benchmarks/train_mechanisms.py
 
-The embedded base, LoRA of rank 16 on all linear layers, 48 mixed rows (alpaca_en_demo) in steps of 8. Every run of
+The embedded base, LoRA of rank 16 on all linear layers, 24 mixed rows (alpaca_en_demo) in steps of 8. Every run of
 training has a process of its own:
 
 - `tokens`: speed and peak memory by the tokens that go through the model at once;
+- `without`: without one of the shortcuts (`training/passes/paths.py`), without all of them, and with a label at every
+  token, which the head then has to see: what scoring answers alone is worth on a CPU, where TRL's head sees all tokens;
 - `lora`: the products of a block's siblings (q, k, v; gate, up) as PEFT computes them, fused one by one, and as a group
   that reads its input once, forward and backward, in milliseconds;
-- `compile`: norms and MLPs through torch.compile, against without; the first step shows what compiling takes;
-- `dtype`: 16-bit weights with float32 and with bfloat16 compute.
+- `compile`: norms and MLPs through torch.compile, over PEFT's own LoRA, to be compared with `without: fused`; the first
+  step shows what compiling takes.
 
 One JSON line per measurement, and benchmarks/results/train_mechanisms.json.
 """
@@ -20,6 +22,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,17 +49,23 @@ from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
 
 RESULTS = Path(__file__).with_name("results") / "train_mechanisms.json"
-TOKENS = (128, 256, 512, 768, 1024, 2048)
+TOKENS = (128, 512, 1024)
 SIBLINGS = {"q, k, v": (576, (576, 192, 192)), "gate, up": (576, (1536, 1536))}
-ROWS = 48
+ROWS = 24
+SHORTCUTS: dict[str, dict[str, Any]] = {
+    "flat": {"flat": False},
+    "head": {"head": None},
+    "fused": {"fused": False},
+}
 
 
 def measure(setting: dict[str, Any]) -> dict[str, Any]:
     """One run of training: tokens a second after the first step, seconds of the first step, peak memory, mean loss."""
     imported = peak_bytes(torch.device("cpu"))
-    quant = QuantSpec(bits=setting["bits"], compute_dtype=setting["compute_dtype"])
-    backbone = load_backbone(BaseSpec(), quant, locations.cache_root().path)
+    backbone = load_backbone(BaseSpec(), QuantSpec(bits=setting["bits"]), locations.cache_root().path)
     rows = chosen(setting["rows"], backbone)
+    if setting["all_labels"]:
+        rows = [replace(row, labels=list(row.input_ids)) for row in rows]
     tuned = inject(backbone, AdapterSpec(method="lora", r=R, lora_alpha=ALPHA))
     spec, steps = spec_of({}), list[tuple[float, float, float]]()
 
@@ -65,6 +74,8 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         paths = paths_for(tuned, spec)
+        for name in setting["without"]:
+            paths = replace(paths, **SHORTCUTS[name])
         trainer = StepTrainer(tuned, rows, schedule(rows, spec), spec, Path(folder), silent, log, paths=paths)
         trainer.journal.tokens_at_once = setting["tokens"]
         if setting["compile"]:
@@ -143,12 +154,16 @@ def main() -> None:
     """Measure, and write."""
     file = RESULTS.with_suffix(".jsonl")
     lab = Lab(file, measure, None)
-    plain = {"rows": rows_setting("mixed", ROWS), "bits": 32, "compute_dtype": "auto", "tokens": 512, "compile": False}
-    sixteen = {"bits": 16, "tokens": 512}
+    plain = {"rows": rows_setting("mixed", ROWS), "bits": 32, "tokens": 512, "compile": False,
+             "without": [], "all_labels": False}  # fmt: skip
     arms: dict[str, dict[str, dict[str, Any]]] = {
         "tokens": {str(tokens): {"tokens": tokens} for tokens in TOKENS},
-        "compile": {"without": {}, "norms and MLPs": {"compile": True}},
-        "dtype": {name: {**sixteen, "compute_dtype": name} for name in ("float32", "bfloat16")},
+        "without": {
+            **{name: {"without": [name]} for name in SHORTCUTS},
+            "all": {"without": list(SHORTCUTS)},
+            "labels at answers alone": {"all_labels": True},
+        },
+        "compile": {"norms and MLPs": {"compile": True, "without": ["fused"]}},
     }
     record: dict[str, Any] = {
         part: {name: lab.run(f"{part} {name}", {**plain, **changes}) for name, changes in some.items()}

@@ -8,14 +8,13 @@
 The embedded base, LoRA of rank 16 on all linear layers, AdamW, rate 1e-4, steps of 8 rows, the same rows in the same
 steps for all arms but where TRL groups or packs (`trl_search.py`). Both libraries train over the same backbone; over
 NF4 it stays packed. Every run has a process of its own, and the arms take turns. Losses are means over the answer
-tokens of the epoch. The two fastest settings of the search (`trl_search.py`, few rows) are both measured on all rows;
-the faster one at equal loss is the opponent. `ceiling` is measured between the arms: `train_throughput_arms.py` says
-of what.
+tokens of the epoch. The fastest settings of the search (`trl_search.py`, few rows) are measured on all rows; the
+fastest at equal loss is the opponent. `ceiling` is measured between the arms: `train_throughput_arms.py` says of what.
 
 Runs are kept as JSON lines until all are there, so an interrupted measurement goes on when it is started again. Then
 they go into benchmarks/results/train_throughput.json, each cell with versions and hardware; cells that were not
 measured again stay. The searches' runs stay in train_throughput_search.jsonl: a machine or version that is not
-in it is searched first, about 10 minutes more. NF4 takes the two settings of float32; with --full it has a search.
+in it is searched first, about 10 minutes more. NF4 takes the first two settings of float32; with --full it has a search.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ class Bench:
     def search(self, bits: int, name: str) -> dict[str, Any]:
         """What TRL is fastest with for a kind of rows, over a base of so many bits."""
         if bits != 32 and not self.options.full:
-            return {"fastest": self.search(32, name)["fastest"], "of": cell_name(32, name), "tried": []}
+            return {"fastest": self.search(32, name)["fastest"][:2], "of": cell_name(32, name), "tried": []}
         setting = {"arm": "trl", "bits": bits, "rows": rows_setting(name, self.sizes[1][name]), "on": environment()}
 
         def run(what: str, training: dict[str, Any]) -> Result:

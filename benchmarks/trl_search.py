@@ -1,4 +1,4 @@
-"""The fastest settings of TRL for given rows: two of them are measured again by `train_throughput.py`, as arms.
+"""The fastest settings of TRL for given rows: five of them are measured again by `train_throughput.py`, as arms.
 
 Padded rows by 8, 4, 2 and 1 at once (8 rows to a step in all of them), grouped by length over the whole set or within
 a step (`batch_rebalance`), laid flat (`padding_free`), packed (`bfd`), without checkpointing; then the fastest with it.
@@ -23,6 +23,8 @@ CANDIDATES: list[dict[str, Any]] = [
     *({"batch": batch, "checkpointing": False, "padding_free": True} for batch in (8, 4, 2)),
     *({"packs": packs, "checkpointing": False} for packs in (1, 2)),
 ]
+FINALISTS = 5
+"""Few rows do not decide: the five fastest of one search were within 8 % of one another."""
 Run = Callable[[str, dict[str, Any]], dict[str, Any]]
 """Measures a setting of TRL, or takes it from what was measured before."""
 
@@ -39,7 +41,7 @@ def name_of(training: dict[str, Any]) -> str:
 def search(run: Run, candidates: list[dict[str, Any]]) -> dict[str, Any]:
     """Try the candidates, then the fastest with checkpointing; `tried` has every setting with its figures.
 
-    `fastest` are the two fastest of equal loss. Raises RuntimeError where no setting has it.
+    `fastest` are the FINALISTS fastest of equal loss. Raises RuntimeError where no setting has it.
     """
     reference = run(name_of(REFERENCE), REFERENCE)
     if "refused" in reference:  # as with long rows: more than the memory
@@ -64,9 +66,9 @@ def judged(training: dict[str, Any], result: dict[str, Any], reference: dict[str
 
 
 def fastest(tried: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The two settings with the most tokens a second; one where no other has an equal loss."""
+    """The settings with the most tokens a second at equal loss, FINALISTS of them where there are so many."""
     left = [line for line in tried if "why_not" not in line]
     if not left:
         raise RuntimeError("no setting of TRL trains these rows: " + "; ".join(line["why_not"] for line in tried))
     left.sort(key=lambda line: -line["tokens_per_second"])
-    return [line["training"] for line in left[:2]]
+    return [line["training"] for line in left[:FINALISTS]]

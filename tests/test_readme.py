@@ -236,3 +236,22 @@ def test_figures_of_serving_stand_in_the_results() -> None:
     bank, peft = step["bank 16"], step["peft adapter_names 16"]
     assert f"runs at {bank['of_base_speed']:.2f} of the speed of the base alone" in README
     assert f"{peft['ms'] / bank['ms']:.1f} times as fast as PEFT's mixed batch" in README
+
+
+def test_figures_of_training_speed_stand_in_the_results() -> None:
+    found = json.loads((ROOT / "benchmarks/results/train_throughput.json").read_text())
+    text = re.sub(r"\s+", " ", README)
+    for name, cell in found["cells"].items():
+        arms, rival = cell["arms"], cell["opponent"]
+        for arm in ("peftkit", "trl defaults", rival):
+            assert f"{arms[arm]['tokens_per_second']:.0f}" in text, f"{name}: {arm}"
+    cell = found["cells"]["float32, mixed"]
+    ours, theirs, tuned = (cell["arms"][arm] for arm in ("peftkit", "trl defaults", cell["opponent"]))
+    assert (
+        f"{ours['tokens_per_second']:.0f} tokens/s with a peak of {ours['peak_bytes'] / 1e9:.1f} GB above the imports"
+        in text
+    )
+    assert f"TRL as it comes {theirs['tokens_per_second']:.0f} at {theirs['peak_bytes'] / 1e9:.1f} GB" in text
+    assert f"{tuned['tokens_per_second']:.0f} at {tuned['peak_bytes'] / 1e9:.1f} GB" in text
+    share = next(goal for goal in found["goals"] if goal.get("goal") == "share of the ceiling")
+    assert f"{share['measured']:.0%}".replace("%", " %") in text
