@@ -14,7 +14,7 @@ fastest at equal loss is the opponent. `ceiling` is measured between the arms: `
 Runs are kept as JSON lines until all are there, so an interrupted measurement goes on when it is started again. Then
 they go into benchmarks/results/train_throughput.json, each cell with versions and hardware; cells that were not
 measured again stay. The searches' runs stay in train_throughput_search.jsonl: a machine or version that is not
-in it is searched first, about 10 minutes more. NF4 takes the first two settings of float32; with --full it has a search.
+in it is searched first, about 10 minutes more. NF4 takes float32's first two settings; with --full it has a search.
 """
 
 from __future__ import annotations
