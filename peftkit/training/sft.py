@@ -99,13 +99,7 @@ def train(
     _check_team(together, spec)
     facts = {"settings": spec.model_dump(), "rows": rows_digest(examples), "base": tuned.backbone.identity.fingerprint}
     together.agree({**facts, "adapter at the start": digest(tuned.trainable)})
-    if paths is not None and paths.flat and side_by_side(spec):
-        raise TrainingError(
-            "a cached trunk, noise on embeddings and R-Drop need rows side by side, and paths.flat is set",
-            expected="Paths(flat=False)",
-        )
-    if paths is None:
-        paths = paths_for(tuned, spec, sharded=together.sharded, report=report)
+    paths = _shortcuts(tuned, spec, paths, together, report)
     with _model_as_it_was(tuned), _trained_part(tuned, examples, plan, held_out, spec, together, cache, report) as part:
         trainer = StepTrainer(part, examples, plan, spec, folder, report, log, together, paths=paths_of(paths, part))
         if spec.gradient_checkpointing:
@@ -210,6 +204,18 @@ def _model_as_it_was(tuned: Tuned) -> Iterator[None]:
         keep_activations(tuned)
         thaw(tuned)
         tuned.model.eval()
+
+
+def _shortcuts(tuned: Tuned, spec: TrainSpec, paths: Paths | None, team: Team, report: Report) -> Paths:
+    """Those that were given, or those that are found to change nothing."""
+    if paths is None:
+        return paths_for(tuned, spec, sharded=team.sharded, report=report)
+    if paths.flat and side_by_side(spec):
+        raise TrainingError(
+            "a cached trunk, noise on embeddings and R-Drop need rows side by side, and paths.flat is set",
+            expected="Paths(flat=False)",
+        )
+    return paths
 
 
 def _check(tuned: Tuned, spec: TrainSpec, held_out: Sequence[Example]) -> None:
