@@ -139,18 +139,23 @@ class _Search:
         return None
 
     def _checkpointed(self, rung: Setting) -> Iterator[Setting]:
+        """No block, all, and all but the last: offloaded, or of few blocks, the latter may need least of the three."""
         for on in self.choices("gradient_checkpointing"):
             blocks = self.choices("checkpointed_blocks")[0] if on else None
             yield replace(rung, gradient_checkpointing=on, checkpointed_blocks=blocks)
+        last = self.architecture.layers - 1
+        if last and not self.fixed & {"gradient_checkpointing", "checkpointed_blocks"} and self._may_checkpoint:
+            yield replace(rung, gradient_checkpointing=True, checkpointed_blocks=last)
+
+    @property
+    def _may_checkpoint(self) -> bool:
+        return True in self.choices("gradient_checkpointing")
 
     def _fewest_blocks(self, setting: Setting, fitting: list[Setting]) -> Setting | None:
-        """The same with the fewest checkpointed blocks that fit; None where all or none is what was asked for."""
-        free = not self.fixed & {"gradient_checkpointing", "checkpointed_blocks"}
-        off = replace(setting, gradient_checkpointing=False)
-        if not setting.gradient_checkpointing or not free or off in fitting:
+        """The same with the fewest checkpointed blocks that fit; None where that is none, all, or all but one."""
+        if setting.checkpointed_blocks is None or replace(setting, gradient_checkpointing=False) in fitting:
             return None
-        blocks = range(1, self.architecture.layers)
-        some = [replace(setting, checkpointed_blocks=count) for count in blocks]
+        some = [replace(setting, checkpointed_blocks=count) for count in range(1, setting.checkpointed_blocks)]
         first = bisect.bisect_left(some, True, key=lambda each: self.need(each) <= self.budget)
         return some[first] if first < len(some) else None
 

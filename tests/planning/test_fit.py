@@ -242,12 +242,12 @@ def refusal(base: Architecture, asked: Setting, budget: int, **more: Any) -> Tra
 
 
 def test_what_does_not_fit_says_what_would() -> None:
-    asked = Setting(longest=8192, labelled=8192, evaluation_batch=1, evaluation_longest=64, max_new_tokens=8)
-    least = min(high(LLAMA_8B, setting) for setting in grid(asked))
+    asked = Setting(longest=32768, labelled=32768, evaluation_batch=1, evaluation_longest=64, max_new_tokens=8)
+    least = min(high(LLAMA_8B, setting) for setting in grid(asked, LLAMA_8B.layers))
     budget = int(least * 0.9)
     error = refusal(LLAMA_8B, asked, budget)
     assert "the smallest peak is" in error.fact
-    assert fit(LLAMA_8B, asked, least).setting.longest == 8192
+    assert fit(LLAMA_8B, asked, least).setting.longest == 32768
     refusal(LLAMA_8B, asked, least - 1)
     hint = error.hint or ""
     assert "cut rows at " in hint
