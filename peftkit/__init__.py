@@ -15,6 +15,7 @@ _PUBLIC = {
     "AdapterSpec": "peftkit.tuning.methods",
     "BaseSpec": "peftkit.base.ref",
     "DataSpec": "peftkit.data.audit",
+    "DistilSpec": "peftkit.training.distil.spec",
     "EvaluateSpec": "peftkit.evaluation.spec",
     "Fleet": "peftkit.generation.fleet.fleet",
     "How": "peftkit.deltas.combining.methods",
@@ -23,6 +24,9 @@ _PUBLIC = {
     "MEMORY_PRESETS": "peftkit.training.spec",
     "Order": "peftkit.release.merge",
     "PeftkitError": "peftkit.errors",
+    "PreferenceEvaluateSpec": "peftkit.evaluation.preference_spec",
+    "PreferenceSpec": "peftkit.data.preference.spec",
+    "PreferenceTrainSpec": "peftkit.training.preference.spec",
     "QuantSpec": "peftkit.backbone.spec",
     "RegularizeSpec": "peftkit.training.regularize.spec",
     "Registry": "peftkit.registry.store",
@@ -30,6 +34,8 @@ _PUBLIC = {
     "Run": "peftkit.recipe",
     "Sampling": "peftkit.generation.requests",
     "Spec": "peftkit.config",
+    "TaskEvaluateSpec": "peftkit.evaluation.tasks.spec",
+    "TaskSpec": "peftkit.data.tasks.spec",
     "TrainSpec": "peftkit.training.spec",
     "UnfreezeSpec": "peftkit.training.layerwise",
     "ask": "peftkit.generation.answer",
@@ -55,9 +61,13 @@ if TYPE_CHECKING:
     from peftkit.cli.main import run_recipe
     from peftkit.config import Spec
     from peftkit.data.audit import DataSpec
+    from peftkit.data.preference.spec import PreferenceSpec
+    from peftkit.data.tasks.spec import TaskSpec
     from peftkit.deltas.combining.methods import How
     from peftkit.errors import PeftkitError
+    from peftkit.evaluation.preference_spec import PreferenceEvaluateSpec
     from peftkit.evaluation.spec import EvaluateSpec
+    from peftkit.evaluation.tasks.spec import TaskEvaluateSpec
     from peftkit.generation.answer import ask
     from peftkit.generation.bulk.bulk import generate_file
     from peftkit.generation.fleet.fleet import Fleet
@@ -69,7 +79,9 @@ if TYPE_CHECKING:
     from peftkit.release.combine import combine_adapters
     from peftkit.release.export.entry import export_for
     from peftkit.release.merge import Order, merge_adapters
+    from peftkit.training.distil.spec import DistilSpec
     from peftkit.training.layerwise import LayerwiseSpec, UnfreezeSpec
+    from peftkit.training.preference.spec import PreferenceTrainSpec
     from peftkit.training.regularize.spec import RegularizeSpec
     from peftkit.training.spec import MEMORY_PRESETS, TrainSpec
     from peftkit.tuning.attach import attach

@@ -61,6 +61,15 @@ class Progress(Event):
 
 
 @dataclass(frozen=True)
+class Measured(Event):
+    """A figure that was measured on the held-out rows after so many steps."""
+
+    step: int
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
 class Table(Event):
     """Rows to show as a table."""
 

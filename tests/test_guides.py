@@ -20,11 +20,13 @@ from peftkit.training import watchdog_rules
 
 GUIDES = Path(__file__).resolve().parents[1] / "docs/guide"
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in sorted(GUIDES.glob("*.md"))}
+README = (GUIDES.parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def console_lines() -> list[str]:
-    blocks = [block for text in TEXTS.values() for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL)]
-    return [line[2:].partition("  #")[0].strip() for block in blocks for line in block.splitlines() if line[:2] == "$ "]
+    texts = "\n".join([*TEXTS.values(), README])
+    lines = "\n".join(re.findall(r"```console\n(.*?)```", texts, re.DOTALL)).splitlines()
+    return [line[2:].partition("  #")[0].strip() for line in lines if line.startswith("$ peftkit")]
 
 
 def test_every_command_exists_with_its_options() -> None:
@@ -231,5 +233,5 @@ def test_figures_and_files_that_the_guides_name_exist() -> None:
     assert f"`train.save_total_limit` ({TrainSpec().save_total_limit})" in NO_WASTED_RUN
     assert f"quiet for the next {watchdog_rules.QUIET} steps" in NO_WASTED_RUN
     (listed,) = re.findall(r"- \*\*May change\*\*: (.*?)\n- ", NO_WASTED_RUN, re.DOTALL)
-    by_content = ("data.train", "data.held_out", "data.against", "base.source", "base.revision")
+    by_content = ("data.train", "data.mixture", "data.held_out", "data.against", "base.source", "base.revision")
     assert [key for key in _MAY_CHANGE if key not in by_content and key.removeprefix("train.") not in listed] == []

@@ -1,4 +1,4 @@
-"""From a reference to a folder on this machine; GGUF files are converted once into the cache."""
+"""From a reference to a folder on this machine; GGUF files and pickles are converted once into the cache."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+from peftkit.backbone.efficientnet import write_lite0
 from peftkit.backbone.quiet import quiet
 from peftkit.base import embedded, identity, ref
 from peftkit.base.places import known_places
@@ -30,13 +32,18 @@ def locate(spec: BaseSpec, cache: Path, report: Report = silent, *, weights: boo
     if reference.kind == "folder":
         return ref.located(reference, Path(reference.source).expanduser().resolve())
     if reference.kind == "embedded":
-        name = reference.source.removeprefix("embedded:")
-        if not embedded.gguf_path(name, cache).exists():
-            report(Note(f"fetching the embedded base {name} (98 MB, once)"))
-        gguf = embedded.fetch(name, cache)
-    else:
-        gguf = Path(reference.source).expanduser().resolve()
+        return ref.located(reference, _embedded(reference.source.removeprefix("embedded:"), cache, report))
+    gguf = Path(reference.source).expanduser().resolve()
     return ref.located(reference, convert_gguf(gguf, cache, report))
+
+
+def _embedded(name: str, cache: Path, report: Report) -> Path:
+    if not embedded.place_of(name, cache).exists():
+        report(Note(f"fetching the embedded base {name} ({embedded.EMBEDDED[name].megabytes} MB, once)"))
+    files = embedded.fetch(name, cache)
+    if files.suffix == ".gguf":
+        return convert_gguf(files, cache, report)
+    return _convert(files, cache, write_lite0, report) if files.suffix == ".pth" else files
 
 
 def locate_again(source: str, revision: str | None, record: str | None, cache: Path) -> BaseSpec:
@@ -72,16 +79,21 @@ def convert_gguf(gguf: Path, cache: Path, report: Report = silent) -> Path:
 
     float32 keeps every dequantized value exactly. Raises BaseError when transformers cannot read the file.
     """
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = cache / "converted" / f"{gguf.stem}-{digest[:16]}-v{CONVERSION}"
+    return _convert(gguf, cache, _write_dequantized, report)
+
+
+def _convert(file: Path, cache: Path, write: Callable[[Path, Path], None], report: Report) -> Path:
+    """The folder that `write` makes of `file`, once per content of the file."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    target = cache / "converted" / f"{file.stem}-{digest[:16]}-v{CONVERSION}"
     if target.exists():
         return target
-    report(Note(f"converting {gguf.name} to safetensors (once)"))
+    report(Note(f"converting {file.name} to safetensors (once)"))
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
-        _write_dequantized(gguf, scratch)
+        write(file, scratch)
         try:
             os.rename(scratch, target)
         except OSError:  # another process finished the same conversion first; its bytes are the same

@@ -71,8 +71,12 @@ class Ahead(Tokenizer):
         return list(known) if known is not None else super().encode(text)
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a base's folder without remote code. Raises BaseError when it cannot be loaded."""
+def load_tokenizer(folder: Path, answers: bool = True) -> Tokenizer:
+    """Load the tokenizer of a base's folder without remote code.
+
+    Without `answers` (encoders, classifiers) no token has to end a text, and there are no stop ids. Raises BaseError
+    when it cannot be loaded, or names no token that ends an answer.
+    """
     from transformers import AutoTokenizer  # seconds of start-up that `--help` does not need
 
     try:
@@ -80,9 +84,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BaseError(f"the tokenizer in {folder} cannot be loaded: {reason}", expected="tokenizer.json") from error
-    stops = _stop_ids(hf, folder)
-    pad = hf.pad_token_id if hf.pad_token_id is not None else stops[0]
-    return Tokenizer(hf, stops, pad)
+    stops = _stop_ids(hf, folder) if answers else ()
+    named = [token for token in (hf.pad_token_id, *stops, hf.eos_token_id) if token is not None]
+    return Tokenizer(hf, stops, named[0] if named else 0)
 
 
 def _stop_ids(hf: Any, folder: Path) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ _SHOWN = 10
 app = typer.Typer(
     help="Bases: where their files are, and what they are by content.", no_args_is_help=True, rich_markup_mode=None
 )
-Source = Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, .gguf file or embedded:smollm2-135m.")]
+Source = Annotated[str, typer.Argument(metavar="BASE", help="Hub id, folder, .gguf file, embedded:smollm2-135m.")]
 
 
 @app.command()
@@ -70,6 +70,7 @@ def relate(
     Example: peftkit base relate ./Qwen3-4B-bnb-4bit Qwen/Qwen3-4B
     """
     from peftkit.backbone.locate import locate
+    from peftkit.base.embedded import ships_gguf
     from peftkit.base.identity import identify
     from peftkit.base.relations import measure
     from peftkit.registry.bases import keep, keep_relation
@@ -77,7 +78,7 @@ def relate(
     cache, store = locations.cache_root().path, Registry(locations.registry_root(registry).path)
     with Reporter(as_json=as_json) as report:
         bases = [locate(BaseSpec(source=source), cache, report) for source in (child, parent)]
-        converted = bases[0].kind in ("gguf", "embedded")
+        converted = bases[0].kind == "gguf" or ships_gguf(bases[0].source)
         relation = measure(
             bases[0].folder, bases[1].folder, kind="gguf" if converted else None, cache=cache, report=report
         )

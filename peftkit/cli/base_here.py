@@ -72,7 +72,7 @@ def _is_local(base: Base, cache: Path) -> bool:
     for source in (base.source, *_places(base, cache)):
         if source.startswith("embedded:"):
             name = source.removeprefix("embedded:")
-            if name in embedded.EMBEDDED and embedded.gguf_path(name, cache).exists():
+            if name in embedded.EMBEDDED and embedded.place_of(name, cache).exists():
                 return True
         elif Path(source).is_absolute() and Path(source).exists():
             return True

@@ -146,7 +146,7 @@ def _find_base(stated: str) -> ImportBase | None:
     cache = locations.cache_root().path
     if stated.startswith("embedded:"):
         name = stated.removeprefix("embedded:")
-        known = name in embedded.EMBEDDED and embedded.gguf_path(name, cache).exists()
+        known = name in embedded.EMBEDDED and embedded.place_of(name, cache).exists()
         return _base(stated, as_json=True) if known else None
     found = try_to_load_from_cache(stated, "config.json") if is_hub_id(stated) else None
     if not isinstance(found, str):

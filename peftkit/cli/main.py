@@ -27,14 +27,18 @@ from peftkit.cli import (
     doctor,
     evaluate,
     exchange,
+    explain,
     export,
+    few_shot,
     generate,
     merge,
     plan,
+    predict,
     preview,
     recipes,
     reproduce,
     runs,
+    sweep,
     train,
     versions,
 )
@@ -54,6 +58,8 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
+app.command("sweep")(sweep.sweep)
+app.command("few-shot")(few_shot.few_shot)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
@@ -77,6 +83,8 @@ app.command("push")(exchange.push)
 app.command("pull")(exchange.pull)
 app.command("reproduce")(reproduce.reproduce)
 app.command("generate")(generate.generate)
+app.command("predict")(predict.predict)
+app.command("explain")(explain.explain)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.add_typer(base.app, name="base")

@@ -122,6 +122,11 @@ def _text(record: dict[str, Any], out: Path) -> str:
         ("  left unchanged by rounding", f"{same:.1%} of the entries that ΔW touches"),
         ("  ‖ΔW‖ / ‖W‖", f"{weights['delta_to_base']:.2%}" if weights["delta_to_base"] else "-"),
     ]
+    if head := record.get("head"):
+        added = ", ".join(head["added"]) or "nothing: the base's files hold tensors of its shape"
+        facts.append((f"  {head['kind']} head", f"added, not merged: {added}"))
+        if head["left_out"]:
+            facts.append(("    left out of the base", ", ".join(head["left_out"][:3])))
     for name, found in record["model"].items():
         facts += _model(name, found)
     return f"{out} holds the merged model\n{render.facts(facts)}"
@@ -131,6 +136,13 @@ def _model(name: str, found: dict[str, Any]) -> list[tuple[str, str]]:
     """What was measured on one adapter's rows."""
     if not found["measured"]:
         return [(f"  {name}", found["reason"])]
+    if "outputs" in found:
+        moved = found["outputs"]
+        facts = [
+            (f"  {name}: outputs, merged − attached", f"{moved['largest']:.2g} at most, of {moved['size']:.2g}"),
+            ("    on", found["inputs"]),
+        ]
+        return facts + ([("    same first choice", f"{found['same_choice']:.2%}")] if found["same_choice"] else [])
     change = found["nll_change"]
     return [
         (

@@ -13,11 +13,11 @@ from peftkit.data.encoded import lengths
 from peftkit.data.encoded_key import digest_rows
 from peftkit.data.encoded_store import EncodedStore
 from peftkit.data.findings.finding import Finding, Seen, Tally
-from peftkit.data.formats import Dataset, Row, load_rows
-from peftkit.data.overlap import highest_overlap, prompts
+from peftkit.data.formats import load_rows
+from peftkit.data.overlap import highest_overlap
 from peftkit.data.part import Encoding, Part, attempt, encode
+from peftkit.data.sides import divide, read_sides
 from peftkit.data.spec import DataSpec, recorded_rendering
-from peftkit.data.split import split
 from peftkit.data.template import Rendering
 from peftkit.errors import DataError
 from peftkit.events import Note, Report, Table, Warned, silent
@@ -84,14 +84,8 @@ def inspect(
     from peftkit.data.findings.kept import examine
     from peftkit.data.findings.lengths import check_all
 
-    if spec.train is None:
-        raise DataError(
-            "data.train is not set", expected="a file of rows", hint="peftkit train … data.train=rows.jsonl"
-        )
-    train_set = load_rows(spec.train, spec.format, strict=False)
-    report(Note(f"{train_set.source}: {len(train_set.rows)} rows, format {train_set.format} ({train_set.reason})"))
-    train_rows, held_rows, held_set = divide(spec, train_set, report)
-    train_rows, held_rows = train_rows[: spec.max_train_rows], held_rows[: spec.max_held_out_rows]
+    sides = read_sides(spec, report)
+    train_rows, held_rows = sides.train, sides.held_out
     against = load_rows(spec.against) if spec.against else None
     length = min(filter(None, (spec.max_length, limit)), default=None)
     if spec.max_length and limit and spec.max_length > limit:
@@ -100,11 +94,11 @@ def inspect(
     store = EncodedStore(cache, report) if cache is not None and spec.cache else None
     digests = (digest_rows(train_rows), digest_rows(held_rows)) if store is not None else ("", "")
     asked = partial(highest_overlap, held_rows, train_rows)
-    examined = examine(train_rows, held_rows, tokenizer.control, other, asked, store, digests)
-    train = attempt(train_rows, train_set, "train", tokenizer, spec, length, store=store, sha256=digests[0])
-    held = attempt(held_rows, held_set, "held_out", tokenizer, spec, length, store=store, sha256=digests[1])
+    examined = examine(sides.distinct, held_rows, tokenizer.control, other, asked, store, digests)
+    train = attempt(train_rows, sides.train_set, "train", tokenizer, spec, length, store=store, sha256=digests[0])
+    held = attempt(held_rows, sides.held_set, "held_out", tokenizer, spec, length, store=store, sha256=digests[1])
     tally, overlap = examined()
-    for dataset in (train_set, held_set) if spec.held_out else (train_set,):
+    for dataset in sides.read:
         problems = [
             Seen(str(problem.where), str(problem).removeprefix(f"{problem.where}: ")) for problem in dataset.problems
         ]
@@ -139,33 +133,6 @@ def describe(finding: Finding) -> str:
     accepted = " (accepted)" if finding.accepted else ""
     mend = f"\n    to mend it: {finding.mend}" if finding.mend else ""
     return f"{finding.rule}{accepted}: {finding.text}{''.join(examples)}{more}{mend}"
-
-
-def divide(spec: DataSpec, train_set: Dataset, report: Report) -> tuple[Sequence[Row], Sequence[Row], Dataset]:
-    """Training rows, held-out rows and where the latter come from; a split is the same for the same file and seed."""
-    if spec.held_out:
-        held_set = load_rows(spec.held_out, spec.format, strict=False)
-        report(Note(f"{held_set.source}: {len(held_set.rows)} held-out rows, format {held_set.format}"))
-        return train_set.rows, held_set.rows, held_set
-    keys = dict(zip(map(id, train_set.rows), _split_keys(train_set.rows), strict=True))
-    parts = split(train_set.rows, spec.held_out_share, spec.seed, key=lambda row: keys[id(row)])
-    report(Note(f"no data.held_out: {len(parts.held_out)} rows set aside with seed {spec.seed}"))
-    return parts.train, parts.held_out, train_set
-
-
-def _split_keys(rows: Sequence[Row]) -> list[str]:
-    """What keeps rows on one side of the split: their content; rows with one question share the least of theirs.
-
-    A question with several answers would otherwise stand on both sides: in e2e_nlg, behind every held-out row.
-    """
-    contents = [repr((row.messages, row.text)) for row in rows]
-    questions = [prompt or content for prompt, content in zip(prompts(rows), contents, strict=True)]
-    if len(set(questions)) < 2:
-        return contents
-    least: dict[str, str] = {}
-    for question, content in zip(questions, contents, strict=True):
-        least[question] = min(content, least.get(question, content))
-    return [least[question] for question in questions]
 
 
 def _losses(encoding: Encoding, spec: DataSpec, length: int | None, tally: Tally) -> None:
@@ -234,6 +201,7 @@ __all__ = [
     "audit",
     "consent",
     "describe",
+    "divide",
     "encode",
     "inspect",
     "recorded_rendering",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from peftkit.config import Spec
-from peftkit.data.findings.rules import RULES
+from peftkit.data.findings.rules import check_accepted
+from peftkit.data.mixture import check_mixture
 from peftkit.data.template import Loss, Rendering, Template, Think
 
 
@@ -18,6 +18,11 @@ class DataSpec(Spec):
 
     train: str | None = None
     """json, jsonl, csv, tsv, parquet or txt file, or a Hub data set (`owner/name:split`)."""
+    mixture: dict[str, float] = {}
+    """Instead of train: several files or Hub sets with their weights, {a.jsonl: 3, b.jsonl: 1}; see `data.mixture.mix`.
+
+    Without held_out, `held_out_share` of each set is set aside before they are mixed.
+    """
     held_out: str | None = None
     """A file of rows that are never trained on; without it, `held_out_share` of the training file is set aside."""
     held_out_share: float = Field(default=0.1, gt=0, lt=1)
@@ -37,7 +42,9 @@ class DataSpec(Spec):
     too_long: Literal["raise", "drop", "truncate", "split"] = "raise"
     """What happens to a row above max_length; split makes several sequences of a plain text, and loses no token."""
     max_train_rows: int | None = Field(default=None, gt=0)
-    """Train on the first so many rows only."""
+    """Train on so many rows only."""
+    draw: int | None = None
+    """Seed by which max_train_rows are drawn; None takes the first so many."""
     max_held_out_rows: int | None = Field(default=None, gt=0)
     """Measure on the first so many held-out rows only."""
     seed: int = 0
@@ -54,17 +61,15 @@ class DataSpec(Spec):
     license: str | None = None
     """Licence of the rows, such as cc-by-4.0; it is kept with the adapter and stands on its model card."""
 
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        check_mixture(self.train, self.mixture)
+        return self
+
     @field_validator("accept")
     @classmethod
     def _known(cls, accept: tuple[str, ...]) -> tuple[str, ...]:
-        for name in accept:
-            if name not in RULES:
-                near = difflib.get_close_matches(name, RULES, n=1)
-                meant = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(RULES)}"
-                raise ValueError(f"the audit has no rule {name!r}{meant}")
-            if RULES[name].final:
-                raise ValueError(f"{name!r} cannot be accepted: {RULES[name].mend}")
-        return accept
+        return check_accepted(accept)
 
     @property
     def rendering(self) -> Rendering:
@@ -75,5 +80,6 @@ class DataSpec(Spec):
 def recorded_rendering(config: Mapping[str, Any]) -> Rendering:
     """How an adapter's training rendered its rows, from the settings in its manifest; the default where none stand."""
     data = config.get("data")
-    known = {key: data[key] for key in DataSpec.model_fields if key in data} if isinstance(data, Mapping) else {}
+    given = data if isinstance(data, Mapping) else {}
+    known = {key: given[key] for key in ("loss", "think", "template", "template_kwargs") if key in given}
     return DataSpec.model_validate(known).rendering

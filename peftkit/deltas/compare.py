@@ -101,6 +101,7 @@ def compare_deltas(left: Deltas, right: Deltas) -> DeltaComparison:
         products.append(found)
         if None not in pair:
             tensors.append(TensorDistance(name, Distance.of(found), write, read))
+    refused |= _heads(left, right)
     return DeltaComparison(
         left=left.reference,
         right=right.reference,
@@ -110,6 +111,21 @@ def compare_deltas(left: Deltas, right: Deltas) -> DeltaComparison:
         only_right=tuple(sorted(right.changes.keys() - left.changes.keys())),
         not_compared=refused,
     )
+
+
+def _heads(left: Deltas, right: Deltas) -> dict[str, str]:
+    """Tensors of tasks' heads that the base does not have, → what is known of them without a ΔW."""
+    found = {}
+    for name in sorted({*left.added, *right.added}):
+        pair = [each.added[name] for each in (left, right) if name in each.added]
+        if len(pair) < 2:
+            found[name] = "one adapter's head alone has it"
+        elif pair[0].shape != pair[1].shape:
+            found[name] = f"the shapes are {' and '.join(str(tuple(each.shape)) for each in pair)}"
+        else:
+            same = torch.equal(*pair)
+            found[name] = "both heads have the same tensor" if same else "the heads' own, of which the base has none"
+    return found
 
 
 def _refusal(deltas: Sequence[Delta]) -> str | None:

@@ -14,6 +14,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from peftkit.backbone.headed import Headed
+
 Rows = Callable[[int, int], torch.Tensor]
 """Rows `first` to `last` (excluded) of the base's tensor as float64, shape (last - first, columns)."""
 
@@ -188,6 +190,10 @@ class Deltas:
     """Tensors that the base's files do not hold → the one they begin as: the head of a tied base → its embedding."""
     shared: Mapping[str, Place] = field(default_factory=dict)
     """Changed tensors that are another module's too → that module: an embedding that stays tied → the head."""
+    headed: Headed | None = None
+    """How the base's files lie under the head of a task that it was trained for; None under the language head."""
+    added: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors of that head that the base's files do not hold, by their names in the model, as stored."""
 
     @property
     def untied(self) -> bool:

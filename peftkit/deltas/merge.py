@@ -92,7 +92,8 @@ def merge(
             building.drop()
             raise
         kept, forms = model.kept(lines), model.forms()
-        receipt = MergeReceipt(facts, added, origin, settings, trained_on, _versions(), kept, forms)
+        head = deltas.headed.record() if deltas.headed else None
+        receipt = MergeReceipt(facts, added, origin, settings, trained_on, _versions(), kept, forms, head)
         receipt.check_or(building.drop)
         try:
             files = model.weights(digests) | _write_companions(model, building)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from peftkit.data.audit import Part
 from peftkit.data.formats import Row
 from peftkit.data.template import Rendering
+from peftkit.evaluation.behaviour.change import Behaved, BehaviourChange
 from peftkit.evaluation.compare import Interval, mean_nll, paired_mean, paired_nll, wilson
 from peftkit.evaluation.metrics import Score, by_group, summarise
 from peftkit.evaluation.preflight import check_column
 from peftkit.evaluation.retention import RetentionText
 from peftkit.evaluation.spec import EvaluateSpec
 from peftkit.generation.requests import Completion
+
+if TYPE_CHECKING:  # it imports torch
+    from peftkit.evaluation.behaviour.asking import Asked
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Measured:
     """Summed NLL per passage, nats; empty when retention is off."""
     answers: list[Completion]
     scores: list[Score]
+    behaviour: Behaved | None = None
+    """What it answered to the probes; None where it was not asked."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Held:
     text: RetentionText | None
     metric: str
     metric_reason: str
+    asked: Asked | None = None
+    """The probes; None where nothing is asked."""
 
     @property
     def rows(self) -> list[Row]:
@@ -75,12 +83,23 @@ class Comparison:
             return None
         return paired_nll(self.base.retention, self.adapter.retention, self.held.text.tokens)
 
+    @property
+    def behaviour(self) -> BehaviourChange | None:
+        """What changed on the probes; None where they were not asked."""
+        if self.base.behaviour is None or self.adapter.behaviour is None:
+            return None
+        return BehaviourChange(self.base.behaviour, self.adapter.behaviour)
+
     def gained(self) -> Interval | None:
         """Change of the score against the best-prompted base; None when nothing was generated."""
         rival = max((m for m in (self.base, *self.prompted) if m.scores), key=_accuracy, default=None)
         if rival is None or not self.adapter.scores:
             return None
         return paired_mean([s.value for s in rival.scores], [s.value for s in self.adapter.scores])
+
+    def objective(self) -> tuple[str, float, Literal["min", "max"]]:
+        """What a search over settings goes by: the adapter's answer NLL."""
+        return "answer_nll", mean_nll(self.adapter.nll, self.held.answer_tokens).point, "min"
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """Numbers for the manifest: before, after, other. No row, no text."""
@@ -90,6 +109,8 @@ class Comparison:
         gained = self.gained()
         if gained is not None:
             other["score_change"] = _interval(gained)
+        if (behaviour := self.behaviour) is not None:
+            other["behaviour"] = behaviour.figures()
         other |= {measured.name: _figures(measured, self.held) for measured in self.prompted}
         if self.spec.group_by and self.adapter.scores:
             # How the groups are called stays in the run folder: a column may hold names of people.
@@ -126,7 +147,7 @@ class Comparison:
                 "detail": self.adapter.scores[i].detail,
             }
             lines.append(line)
-        return lines
+        return lines + (self.behaviour.samples() if self.behaviour else [])
 
 
 COLUMNS = ("", "answer NLL", "perplexity", "score", "95 %", "stops", "general NLL")

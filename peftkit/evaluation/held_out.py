@@ -12,6 +12,8 @@ from peftkit.data.audit import Part
 from peftkit.data.chat import prompt_for
 from peftkit.data.formats import Row
 from peftkit.data.template import Rendering
+from peftkit.evaluation.behaviour.asking import Asked, behave, prepare_behaviour, with_recall
+from peftkit.evaluation.behaviour.change import Behaved
 from peftkit.evaluation.comparison import COLUMNS, Comparison, Held, Measured, reference
 from peftkit.evaluation.metrics import METRICS, choose
 from peftkit.evaluation.preflight import read_instructions
@@ -37,16 +39,17 @@ class Contestant:
 
 
 def prepare(part: Part, rendering: Rendering, spec: EvaluateSpec, backbone: Backbone, report: Report) -> Held:
-    """Choose the metric and read the retention text."""
+    """Choose the metric, read the retention text and the probes."""
     text = None
     if spec.retention:
         text = load_text(spec.retention, backbone.tokenizer, limit=spec.retention_passages)
+    asked = prepare_behaviour(spec, part, rendering, backbone, report)
     metric, reason = spec.metric, "asked for"
     if metric == "auto":
         chosen, reason = choose([reference(row) for row in part.rows], [row.columns for row in part.rows])
         report(Note(f"score: {chosen} ({reason})"))
-        return Held(part, rendering, text, chosen, reason)
-    return Held(part, rendering, text, metric, reason)
+        return Held(part, rendering, text, chosen, reason, asked)
+    return Held(part, rendering, text, metric, reason, asked)
 
 
 def measure(
@@ -57,9 +60,13 @@ def measure(
     *,
     likelihood: bool = True,
     prompts: Sequence[list[int]] | None = None,
+    asked: Asked | None = None,
     report: Report = silent,
 ) -> Measured:
-    """Measure one contestant; `prompts` replaces the plain prompts of the generated rows, [] generates nothing."""
+    """Measure one contestant; `prompts` replaces the plain prompts of the generated rows, [] generates nothing.
+
+    `asked` are the probes that it answers too.
+    """
     device, tokenizer = backbone.device, backbone.tokenizer
     if prompts is None:
         rows = held.rows[: spec.max_generated_rows]
@@ -73,10 +80,16 @@ def measure(
             nll = row_nll(model, held.part.examples, **options)
             retention = row_nll(model, held.text.passages, **options) if held.text else []
         answers = _answers(model, prompts, spec, backbone, report)
+        behaviour = _behaviour(model, asked, spec, backbone, report) if asked else None
     rows = held.rows[: len(answers)]
     metric = METRICS[held.metric]
     scores = [metric(answer.text, reference(row), row.columns) for answer, row in zip(answers, rows, strict=True)]
-    return Measured(contestant.name, nll, retention, answers, scores)
+    return Measured(contestant.name, nll, retention, answers, scores, behaviour)
+
+
+def _behaviour(model: Any, asked: Asked, spec: EvaluateSpec, backbone: Backbone, report: Report) -> Behaved:
+    report(Phase("probe behaviour"))
+    return behave(model, asked, backbone.tokenizer, backbone.device, ANSWERS_PER_ROW * spec.batch_size)
 
 
 def _answers(
@@ -120,7 +133,8 @@ def compare(
     rows = [row for row in held.rows[: spec.max_generated_rows] if row.text is None]
     prompted_sets = _that_fit(_prompted(rows, train_rows, held.rendering, spec, backbone), backbone, report)
     plain: list[list[int]] | None = [] if prompted_sets else None
-    before = before or measure(base, held, spec, backbone, prompts=plain, report=report)
+    asked = with_recall(held.asked, train_rows, held.rendering, backbone) if held.asked else None
+    before = before or measure(base, held, spec, backbone, prompts=plain, asked=asked, report=report)
     if prompted is None:
         prompted = tuple(
             measure(
@@ -128,7 +142,7 @@ def compare(
             )
             for name, prompts in prompted_sets
         )
-    after = measure(adapter, held, spec, backbone, report=report)
+    after = measure(adapter, held, spec, backbone, asked=asked, report=report)
     return Comparison(held, before, after, prompted, spec)
 
 

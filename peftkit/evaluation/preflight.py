@@ -9,6 +9,7 @@ from pathlib import Path
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.formats import Row
 from peftkit.errors import DataError
+from peftkit.evaluation.behaviour.probes import load_probes
 from peftkit.evaluation.retention import load_text
 from peftkit.evaluation.spec import EvaluateSpec
 
@@ -20,6 +21,8 @@ def preflight(spec: EvaluateSpec, rows: Sequence[Row], tokenizer: Tokenizer) -> 
     if spec.retention:
         load_text(spec.retention, tokenizer, limit=1)
     read_instructions(spec.instructions)
+    if spec.behaviour not in (None, "auto"):
+        load_probes(spec.behaviour)
     if spec.metric == "json_fields":
         for row in rows[: spec.max_generated_rows]:
             _check_json(row)

@@ -28,5 +28,8 @@ class EvaluateSpec(Spec):
     """Text file on which forgetting is measured; `general` ships with peftkit, null skips it."""
     retention_passages: int | None = Field(default=None, gt=0)
     """Measure forgetting on the first so many passages only."""
+    behaviour: str | None = "auto"
+    """Prompts with checks that base and adapter answer: a file of one's own, or `general`, which ships with peftkit;
+    auto is `general` where a GPU answers them in seconds; null asks nothing."""
     group_by: str | None = None
     """Column by which scores are listed too, such as a template id or a language."""

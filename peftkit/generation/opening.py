@@ -16,13 +16,13 @@ from peftkit.base.identity import identify
 from peftkit.base.ref import BaseSpec, LocatedBase
 from peftkit.data.audit import recorded_rendering
 from peftkit.data.template import Rendering
-from peftkit.errors import AdapterNotFound
+from peftkit.errors import AdapterNotFound, TuningError
 from peftkit.events import Report, silent
 from peftkit.generation.engine import Engine
 from peftkit.generation.fleet.fleet import Fleet
 from peftkit.generation.limits import Limits, positions_of
 from peftkit.registry.store import Version
-from peftkit.tuning.attach import quant_of
+from peftkit.tuning.attach import head_of, quant_of
 
 _TRIED = 16  # adapters that are loaded before anything is asked: a damaged one is told at once
 
@@ -63,8 +63,10 @@ def find_base(
 ) -> Found:
     """The base that `versions` were trained on and its precision, without loading it.
 
-    `base` and `bits` override what the first version's manifest says. Raises BaseError when it cannot be found.
+    `base` and `bits` override what the first version's manifest says. Raises BaseError when it cannot be found,
+    TuningError for a version that was trained for a task and does not answer in words.
     """
+    _check_answer(versions)
     recorded = versions[0].manifest.base
     spec = BaseSpec(source=base) if base else locate_again(recorded.source, recorded.revision, recorded.record, cache)
     quant = quant_of(recorded.quantization or {}, bits)
@@ -115,6 +117,19 @@ def engine_over(fleet: Fleet, limits: Limits | None = None) -> Engine:
         positions=positions_of(backbone.model),
         limits=limits,
     )
+
+
+def _check_answer(versions: Sequence[Version]) -> None:
+    """Raise TuningError, naming each, for versions with a task's head."""
+    for_tasks = [(version, head) for version in versions if (head := head_of(version)) is not None]
+    if for_tasks:
+        said = ", ".join(f"{version.reference} (a {head.kind} head)" for version, head in for_tasks)
+        first, _ = for_tasks[0]
+        raise TuningError(
+            f"trained for a task, so not for prompts and chat: {said}",
+            expected="adapters with a language head, as qlora_sft trains them",
+            hint=f"peftkit predict {first.name} FILE",
+        )
 
 
 def _free(device: torch.device) -> int:

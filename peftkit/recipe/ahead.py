@@ -21,6 +21,7 @@ from peftkit.runs import RunFolder
 
 if TYPE_CHECKING:
     from peftkit.data.audit import Audit
+    from peftkit.training.passes.paths import Paths
     from peftkit.training.probe import Piece, Probe
     from peftkit.training.schedule import Schedule
     from peftkit.tuning.tuned import Tuned
@@ -75,13 +76,15 @@ class Ahead:
         found.check_disk({"runs": runs, "registry": self.registry})
         return found
 
-    def probe(self, tuned: Tuned, plan: Forecast | None) -> None:
+    def probe(self, tuned: Tuned, plan: Forecast | None, paths: Paths | None = None) -> None:
         """Try the longest rows; say what they took against the plan, and how long the run will be.
+
+        `paths` say how rows of another kind than answers go through the model.
 
         They go through the whole model. A run with a cached trunk takes less, so the plan beside them is that of the
         same run without one, and its time is a bound.
         """
-        found = self._tried(tuned)
+        found = self._tried(tuned, paths)
         if found is None:
             return
         cached = self.given.train.trunk_cache
@@ -106,12 +109,13 @@ class Ahead:
         given = replace(self.given, train=self.given.train.model_copy(update={"trunk_cache": False}))
         return forecast(shape, given, lengths_of(self.data, given), self.target) if shape is not None else None
 
-    def _tried(self, tuned: Tuned) -> Probe | None:
+    def _tried(self, tuned: Tuned, paths: Paths | None) -> Probe | None:
         from peftkit.training.exhaustion import is_out_of_memory
         from peftkit.training.probe import probe
 
         rows, evaluate = (self.data.train.examples, self.data.held_out.examples), self.given.evaluate
-        options: dict[str, Any] = {"evaluation_batch": evaluate.batch_size, "answers": evaluate.max_generated_rows > 0}
+        answers = _answers(evaluate) > 0
+        options: dict[str, Any] = {"evaluation_batch": evaluate.batch_size, "answers": answers, "paths": paths}
         try:
             return probe(tuned, *rows, self.given.train, **options)
         except (RuntimeError, MemoryError) as error:
@@ -170,14 +174,21 @@ def _shown(row: tuple[str, float | None, float, str]) -> tuple[str, str, str]:
 def _times(found: Probe, given: Groups, data: Audit, steps: Schedule) -> dict[str, float]:
     """Seconds of training, and at most of measuring, from what the longest rows took."""
     evaluate = given.evaluate
-    contestants = 2 + bool(evaluate.instructions) + bool(evaluate.shots)
-    answers = min(evaluate.max_generated_rows, len(data.held_out.rows)) * evaluate.max_new_tokens
+    answers, contestants = min(_answers(evaluate), len(data.held_out.rows)), 1
+    if answers:
+        answers *= evaluate.max_new_tokens
+        contestants = 2 + bool(evaluate.instructions) + bool(evaluate.shots)
     between = len(steps) // given.train.eval_steps if given.train.eval_steps else 0
     return {
         "training": _seconds(found.step, steps.tokens),
         "measuring": _seconds(found.likelihood, data.held_out.tokens * (2 + between))
         + _seconds(found.answers, answers * contestants),
     }
+
+
+def _answers(evaluate: Any) -> int:
+    """How many answers are generated at the end: none by a task's head, or where answers are compared."""
+    return int(getattr(evaluate, "max_generated_rows", 0))
 
 
 def _seconds(piece: Piece | None, tokens: Any) -> float:

@@ -37,7 +37,11 @@ def trained_fields(tuned: Tuned, recipe: Recipe, settings: Mapping[str, Any]) ->
     return {
         "kind": tuned.kind,
         "base": base_fields(tuned.backbone),
-        "adapter": {**tuned.spec.record(), "trainable_parameters": tuned.trainable_parameters},
+        "adapter": {
+            **tuned.spec.record(),
+            "trainable_parameters": tuned.trainable_parameters,
+            **({"head": tuned.backbone.head.record()} if tuned.backbone.head is not None else {}),
+        },
         "recipe": {
             "name": recipe.name,
             "sha256": recipe.sha256,
@@ -67,7 +71,7 @@ def without_paths(config: Mapping[str, Any], base: LocatedBase) -> dict[str, Any
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {_without_paths(key): _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_without_paths(item) for item in value]
     return Path(value).name if isinstance(value, str) and _is_path(value) else value
@@ -84,12 +88,21 @@ def _is_path(text: str) -> bool:
 def with_whole_paths(value: Any) -> Any:
     """Settings as a run's folder keeps them: files are named from the root, so that any folder can go on with it."""
     if isinstance(value, Mapping):
-        return {key: with_whole_paths(item) for key, item in value.items()}
+        return {key: with_whole_paths(item) for key, item in value.items()} if _names(value) else _of_files(value)
     if isinstance(value, list):
         return [with_whole_paths(item) for item in value]
     if isinstance(value, str) and value and (_is_path(value) or _is_file_here(value)):
         return str(Path(value).expanduser().absolute())
     return value
+
+
+def _names(value: Mapping[str, Any]) -> bool:
+    """Whether the keys are names of settings, and not files, as those of a mixture are."""
+    return not any(_is_path(key) or _is_file_here(key) for key in value if key)
+
+
+def _of_files(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {with_whole_paths(key): with_whole_paths(item) for key, item in value.items()}
 
 
 def _is_file_here(text: str) -> bool:

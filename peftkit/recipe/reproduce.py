@@ -101,7 +101,7 @@ def _settings(version: Version, recipe: Recipe, runs: Path, overrides: Sequence[
 def _harmless(recorded: Mapping[str, Any], report: Report) -> dict[str, Any]:
     """Settings of a manifest that may come from a stranger: no paths of this machine, no trackers."""
     groups = {key: dict(value) if isinstance(value, dict) else value for key, value in recorded.items()}
-    for group, key in (("data", "train"), ("data", "held_out"), ("evaluate", "retention")):
+    for group, key in (("data", "train"), ("data", "held_out"), ("evaluate", "retention"), ("evaluate", "behaviour")):
         if isinstance(groups.get(group), dict) and isinstance(groups[group].get(key), str):
             groups[group][key] = Path(groups[group][key]).name
     if isinstance(groups.get("train"), dict):

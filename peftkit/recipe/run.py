@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftkit.config import Resolved, dump_yaml
-from peftkit.errors import OutOfMemory, RunError, TrainingError
+from peftkit.config import Resolved, Spec, dump_yaml
+from peftkit.errors import ConfigError, OutOfMemory, RunError, TrainingError
 from peftkit.events import Note, Report, Warned, silent
 from peftkit.plain import as_utf8
 from peftkit.process_group import launched
 from peftkit.recipe.binding import Binding
 from peftkit.recipe.fields import trained_fields, with_whole_paths
 from peftkit.recipe.files import Recipe, default_name
-from peftkit.recipe.keeping import described, keep_adapter, keep_json, needed
+from peftkit.recipe.keeping import described, keep_adapter, needed
 from peftkit.recipe.resume import how_to_resume
-from peftkit.recipe.showing import report_comparison
 from peftkit.registry.manifest import Draft
 from peftkit.registry.store import Registry, Version
 from peftkit.render import duration, size
@@ -29,10 +27,9 @@ from peftkit.runs.contents import CHECKPOINTS, INTERRUPTED, UNPUBLISHED
 if TYPE_CHECKING:  # torch takes seconds to import, and `peftkit recipes list` does not need it
     from peftkit.backbone.spec import QuantSpec
     from peftkit.base.ref import BaseSpec, LocatedBase
-    from peftkit.data.audit import Audit, DataSpec
-    from peftkit.evaluation.held_out import Comparison
-    from peftkit.evaluation.spec import EvaluateSpec
     from peftkit.recipe.target import Target
+    from peftkit.recipe.work import Work
+    from peftkit.recipe.work.kinds import Place
     from peftkit.training.checkpoint import Checkpoint
     from peftkit.training.sft import Trained
     from peftkit.training.spec import TrainSpec
@@ -74,27 +71,23 @@ class Run:
     saved: Version | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     _located: LocatedBase | None = None
-    _data: Audit | None = None
-    _audited_from: tuple[BaseSpec, DataSpec] | None = None
+    _work: Work | None = None
+    _data: Any = None
+    _audited_from: tuple[BaseSpec, Spec] | None = None
 
-    def audit(self, base: BaseSpec, data: DataSpec) -> Audit:
-        """Read, render, check and count the rows before anything else costs time."""
+    def audit(self, base: BaseSpec, data: Spec) -> Any:
+        """Read, render, check and count the rows before anything else costs time.
+
+        `data` says what kind of rows they are: DataSpec, TaskSpec or PreferenceSpec.
+        """
         from peftkit.backbone.locate import locate
-        from peftkit.base.ref import longest_sequence, read_config
-        from peftkit.base.tokenizer import load_tokenizer
-        from peftkit.data.audit import audit
-        from peftkit.evaluation.preflight import preflight
-        from peftkit.evaluation.spec import EvaluateSpec
+        from peftkit.recipe.work import work_for
 
         if self._data is not None and self._audited_from == (base, data):
             return self._data  # a budget asked for it before
         self._located = locate(base, self.cache, self.report)
-        tokenizer = load_tokenizer(self._located.folder)
-        limit = longest_sequence(read_config(self._located.folder))
-        self._data = audit(data, tokenizer, limit, self.report, self.cache)
-        evaluate = getattr(self.resolved.config, "evaluate", None)
-        if isinstance(evaluate, EvaluateSpec):
-            preflight(evaluate, self._data.held_out.rows, tokenizer)
+        self._work = work_for(data)
+        self._data = self._work.audit(self._place(), data, getattr(self.resolved.config, "evaluate", None))
         self._audited_from = (base, data)
         if self.binding is not None:
             self.binding.data(self._data)
@@ -112,18 +105,31 @@ class Run:
         from peftkit.recipe.fitting import fitted, known_shape
         from peftkit.recipe.target import this_machine
         from peftkit.recipe.to_train import groups_to_train
+        from peftkit.recipe.work import work_for
 
         given = groups_to_train(self.resolved, self.registry, resumed=self.start is not None)
+        if not work_for(given.data).plans:
+            raise ConfigError(
+                ["--budget: the memory of a run with a task's head or pairs of answers is probed, not planned"],
+                hint="leave --budget out; data.max_length and train.per_device_train_batch_size make a run smaller",
+            )
         self.target = this_machine(given.quant, budget)
         lengths = lengths_of(self.audit(given.base, given.data), given)
         shape = known_shape(self._located)
         self.resolved = fitted(self.resolved, given.adapter, shape, lengths, self.target, self.report)
 
     def plan(
-        self, base: BaseSpec, quant: QuantSpec, adapter: AdapterSpec, train: TrainSpec, init_from: str | None = None
+        self,
+        base: BaseSpec,
+        quant: QuantSpec,
+        adapter: AdapterSpec,
+        train: TrainSpec,
+        init_from: str | None = None,
+        way: Spec | None = None,
     ) -> Tuned:
         """Predict memory, time and disk, load the backbone, inject (or continue) the adapter, try the longest rows.
 
+        `way` is a further group of settings that says what is learned from the rows: a preference, a teacher.
         A dry run ends here. Raises OutOfMemory for a plan that cannot fit, RunError for a disk without room.
         """
         from peftkit.recipe.ahead import Ahead
@@ -133,7 +139,8 @@ class Run:
         from peftkit.recipe.tune import load_tuned
         from peftkit.training.schedule import schedule
 
-        data, rows = self._audited(), self._audited().train.examples
+        data, work = self._audited()
+        rows, head = data.train.examples, work.head(data)
         quant = self.binding.held_to(quant) if self.binding is not None else quant
         # The settings of a resumed run come from its folder, defaults included; they were agreed when it began.
         parent = self.registry.resolve(init_from) if init_from else None
@@ -143,13 +150,14 @@ class Run:
         steps, target = schedule(rows, train), self.target or this_machine(quant)
         places = self.folder, self.registry.root
         ahead = Ahead(given, self._located, data, steps, target, *places, self.start is not None, self.report)
-        plan = ahead.plan()
-        options: dict[str, Any] = {"other_base": self.other_base, "report": self.report}
+        plan = ahead.plan() if work.plans else None
+        options: dict[str, Any] = {"head": head, "other_base": self.other_base, "report": self.report}
+        options["prepare"] = lambda backbone: work.prepare(self._place(), backbone, way)
         tuned = load_tuned(what, base, self._located, rows, self.cache, **options)
         if self.binding is not None:
             self.binding.base(tuned.backbone)
         if self.start is None and not launched().sharded:  # what FSDP would spread is still whole, and not in place
-            ahead.probe(tuned, plan)
+            ahead.probe(tuned, plan, work.paths(self._place(), tuned, data, train))
         if self.folder is None:
             raise PlannedOnly
         return tuned
@@ -160,17 +168,20 @@ class Run:
         from peftkit.training.sft import Stopped, train
 
         folder = self._folder()
+        data, work = self._audited()
         if self.binding is not None:
             folder.write_json("binding.json", self.binding.values)
         folder.write_text("config.yaml", dump_yaml(with_whole_paths(self.resolved.as_dict())))
+        rows, held_out = work.rows(self._place(), tuned, data)
         self.begun = True
         try:
             trained = train(
                 tuned,
-                self._audited().train.examples,
+                rows,
                 spec,
                 folder.path / "trainer",
-                held_out=self._audited().held_out.examples,
+                held_out=held_out,
+                paths=work.paths(self._place(), tuned, data, spec),
                 checkpoints=Checkpoints(folder.path / CHECKPOINTS, self.report) if launched().leads else None,
                 start=self.start,
                 bound_to=self.binding.values if self.binding else {},
@@ -196,17 +207,18 @@ class Run:
         self.report(Note(f"trained {took}, loss {loss}, peak memory {size(trained.peak_bytes)}"))
         return trained
 
-    def evaluate(self, tuned: Tuned, spec: EvaluateSpec) -> Comparison:
-        """Measure the base and the adapter on the held-out rows and on general text.
+    def evaluate(self, tuned: Tuned, spec: Any) -> Any:
+        """Measure the adapter on the held-out rows, beside the base or what is trivial; of answers, general text too.
 
         Fewer rows at once are tried where the memory does not suffice. Raises OutOfMemory when one row is too much.
         """
         from peftkit.training.exhaustion import is_out_of_memory
         from peftkit.training.memory import release
 
+        data, work = self._audited()
         while True:
             try:
-                comparison = self._compared(tuned, spec)
+                comparison = work.compare(self._place(), tuned, data, spec)
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -217,27 +229,24 @@ class Run:
             release(tuned.backbone.device)
             spec = spec.model_copy(update={"batch_size": spec.batch_size // 2})
             self.report(Warned(f"{fact}; it is measured again with {spec.batch_size}", "lower evaluate.batch_size"))
-        report_comparison(comparison, self.report)
+        work.tell(comparison, self.report)
         self.figures["evaluation"] = comparison.figures()
-        keep_json(self._folder(), "samples.json", comparison.samples(), self.report)
-        if spec.group_by and comparison.adapter.scores:
-            columns = ("group", "rows", "score")
-            groups = [dict(zip(columns, group, strict=True)) for group in comparison.by_group(comparison.adapter)]
-            keep_json(self._folder(), "groups.json", groups, self.report)
+        name, value, direction = comparison.objective()
+        self.figures["objective"] = {"name": name, "value": value, "direction": direction}
+        work.keep(comparison, self._folder(), self.report)
         return comparison
 
-    def publish(self, tuned: Tuned, comparison: Comparison, save_as: str | None = None) -> Version:
+    def publish(self, tuned: Tuned, comparison: Any, save_as: str | None = None) -> Version:
         """Keep the adapter in the registry with its base, data, settings and figures; rows stay in the run folder."""
         from peftkit.training.parallel import team
         from peftkit.tuning.inject import save_adapter
 
-        name, backbone, data = save_as or default_name(self.recipe), tuned.backbone, self._audited()
+        name, backbone, (data, work) = save_as or default_name(self.recipe), tuned.backbone, self._audited()
         measured, training = comparison.figures(), {k: v for k, v in self.figures.items() if k == "training"}
-        texts = [comparison.held.text.record] if comparison.held.text is not None else []
         fields = {
             **trained_fields(tuned, self.recipe, self.resolved.as_dict()),
             "run": self._folder().id,
-            "data": [data.train.record(), data.held_out.record(), *texts],
+            "data": [data.train.record(), data.held_out.record(), *work.sources(comparison)],
             "metrics": {**measured, "other": {**measured["other"], **training}},
         }
         # A file name in another encoding must not cost the training that is already done.
@@ -255,30 +264,23 @@ class Run:
         self.report(Note(f"saved as {self.saved.reference} in {self.saved.path}"))
         return self.saved
 
-    def _compared(self, tuned: Tuned, spec: EvaluateSpec) -> Comparison:
-        from peftkit.evaluation import held_out
-
-        data, backbone = self._audited(), tuned.backbone
-        held = held_out.prepare(data.held_out, data.rendering, spec, backbone, self.report)
-        return held_out.compare(
-            held_out.Contestant("base", tuned.as_base),
-            held_out.Contestant("adapter", lambda: contextlib.nullcontext(tuned.model)),
-            held,
-            spec,
-            backbone,
-            train_rows=data.train.rows,
-            report=self.report,
-        )
-
     def _log(self, step: int, figures: dict[str, float]) -> None:
         folder = self._folder()
         folder.log_metrics(step, figures)
         folder.write_page()
 
-    def _audited(self) -> Audit:
-        if self._data is None:
+    def _place(self) -> Place:
+        from peftkit.recipe.work.kinds import Place
+
+        assert self._located is not None  # audit has found the base
+        init_from = getattr(self.resolved.config, "init_from", None)
+        parent = self.registry.resolve(init_from) if init_from else None
+        return Place(self._located, self.cache, self.registry, self.report, parent)
+
+    def _audited(self) -> tuple[Any, Work]:
+        if self._data is None or self._work is None:
             raise RunError("run.audit was not called", expected="audit before plan, train, evaluate and publish")
-        return self._data
+        return self._data, self._work
 
     def _folder(self) -> RunFolder:
         if self.folder is None:

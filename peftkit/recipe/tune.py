@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from peftkit.backbone.load import load_backbone
+from peftkit.backbone.load import Backbone, load_backbone
+from peftkit.base.head import Head
 from peftkit.base.ref import BaseSpec, LocatedBase
 from peftkit.data.chat import Example
 from peftkit.events import Note, Report
@@ -23,12 +24,19 @@ def load_tuned(
     rows: Sequence[Example],
     cache: Path,
     *,
+    head: Head | None = None,
+    prepare: Callable[[Backbone], None] = lambda backbone: None,
     other_base: bool,
     report: Report,
 ) -> Tuned:
-    """Load the backbone and inject what is trained; `rows` are there for methods that look at them first."""
+    """Load the backbone, with the head of a task, and inject what is trained; some methods look at `rows` first.
+
+    `prepare` is called with the bare backbone.
+    """
     dense = dense_layers(what.adapter)
-    backbone = load_backbone(base, what.quant, cache, dense=dense, report=report, located=located)
+    seed = what.adapter.seed
+    backbone = load_backbone(base, what.quant, cache, head=head, seed=seed, dense=dense, report=report, located=located)
+    prepare(backbone)
     if what.parent is None:
         return inject(backbone, what.adapter, rows=rows, report=report)
     report(Note(f"continuing from {what.parent.reference}"))

@@ -120,13 +120,15 @@ def merged(
     model: Mapping[str, Mapping[str, Any]],
     recommended: Mapping[str, Any] | None,
     files: Mapping[str, Mapping[str, Any]],
+    head: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Adapters were added to the weights of their base: onto which, into which format, and what is left of ΔW.
 
     `versions` are references with weights, combined by `method`; `deltas` is the digest of what was added. `weights`
     are the figures over all tensors, `groups` by kind of delta and form, `tensors` of each: share kept
     ⟨ΔŴ, ΔW⟩ / ‖ΔW‖², entries that rounding left unchanged, norms. `model` compares base + adapter with the merged model
-    on each version's held-out rows, or says `measured` false with the reason.
+    on each version's held-out rows, or says `measured` false with the reason. `head`, with a task's adapter: the
+    tensors of its head were `added`, not merged, and those of the base that it has no place for `left_out`.
     """
     return {
         "type": "merge",
@@ -144,6 +146,7 @@ def merged(
         "model": {name: dict(found) for name, found in model.items()},
         "recommended": dict(recommended) if recommended is not None else None,
         "files": {name: dict(facts) for name, facts in files.items()},
+        **({"head": dict(head)} if head is not None else {}),
     }
 
 

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peftkit.deltas.combining.combine import Combined, combine
+from peftkit.deltas.combining.lineup import check_heads
 from peftkit.deltas.combining.methods import How
 from peftkit.deltas.delta import LowRank
 from peftkit.deltas.reading.kinds import Replaced
@@ -69,6 +70,7 @@ def combine_adapters(
     judging = judging or Judging()
     _check_asked(save_as, aliases, keep, search, judging)
     parents = open_parents(registry, [reference for reference, _ in weighted], cache, base=base, report=report)
+    check_heads(parents.deltas)
     if save_as in {version.name for version in parents.versions}:
         report(Warned(f"{save_as} is one of the adapters that are combined: its `latest` will be the combination"))
     limits = {"rank": rank, "max_residual": max_residual, "drop": drop}

@@ -17,8 +17,10 @@ from peftkit.release.candidate import candidates
 from peftkit.release.drift import Drift
 from peftkit.release.measure import measure_merge
 from peftkit.release.measured import NotMeasured
+from peftkit.release.outputs import Moved, moved
 from peftkit.release.parents import Parents
 from peftkit.release.rows import HeldOut
+from peftkit.tuning.attach import head_of
 
 
 @contextmanager
@@ -82,10 +84,13 @@ class Examiner:
             raise _not_passed(missing)
         return {name: drift.record() for name, drift in found.items()}
 
-    def _measured(self, folder: Path, rows: HeldOut | NotMeasured) -> Drift | NotMeasured:
+    def _measured(self, folder: Path, rows: HeldOut | NotMeasured) -> Drift | Moved | NotMeasured:
         if isinstance(self.reference, NotMeasured):
             return self.reference
         try:
+            if head_of(self.reference) is not None:
+                options: dict[str, Any] = {"base": self.base, "seed": self.seed, "report": self.report}
+                return moved(self.reference, folder, self.cache, **options)
             return measure_merge(
                 self.reference,
                 folder,

@@ -23,7 +23,7 @@ from peftkit.registry.manifest import Version
 from peftkit.release.base_of import find_base
 from peftkit.release.drift import Side
 from peftkit.release.positions import Loaded
-from peftkit.tuning.attach import attach, quant_of
+from peftkit.tuning.attach import attach, head_of, quant_of
 
 SIXTEEN = QuantSpec(bits=16)
 """On a CPU these are computed, and held, in float32."""
@@ -52,8 +52,9 @@ class Trained:
         return bool(read_config(self.folder).get("quantization_config"))
 
     def load(self, quant: QuantSpec) -> Backbone:
-        """The base alone, in the precision of `quant`."""
-        return load_backbone(self.spec, quant, self.cache, report=self.report, located=self.located)
+        """The base with the version's head, in the precision of `quant`."""
+        options: dict[str, Any] = {"head": head_of(self.version), "report": self.report, "located": self.located}
+        return load_backbone(self.spec, quant, self.cache, **options)
 
 
 def trained(

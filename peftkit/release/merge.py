@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from peftkit.deltas.combining.lineup import check_heads
 from peftkit.deltas.combining.methods import How
 from peftkit.deltas.combining.together import merged_deltas
 from peftkit.deltas.delta import Deltas
@@ -22,6 +23,7 @@ from peftkit.release.parents import Parents, open_parents
 from peftkit.release.recommend import Onto, Recommendation, needs_choice, recommend_onto
 from peftkit.release.repaired import check_onto, repairs
 from peftkit.release.rows import HeldOut, rows_by_version
+from peftkit.tuning.attach import head_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def plan_adapters(
     """
     _check_asked(registry, order, out)
     parents = open_parents(registry, order.names, cache, base=order.base, report=report)
+    if not order.alone:
+        check_heads(parents.deltas)
     check_onto(registry, parents.versions, order.onto)
     open_onto: Onto = "dequantized" if repairs(registry, parents.versions) else "original"
     settings = MergeSettings(onto=order.onto or open_onto, **order.written)
@@ -95,6 +99,8 @@ def merge_adapters(
     _check_asked(registry, order, out)
     judging = judging or Judging()
     parents = open_parents(registry, order.names, cache, base=order.base, report=report)
+    if not order.alone:
+        check_heads(parents.deltas)
     check_onto(registry, parents.versions, order.onto)
     rows = rows_by_version(judging.rows, order.names, parents.versions, runs)
     repaired = repairs(registry, parents.versions)
@@ -168,7 +174,9 @@ def _onto(
     if found.onto is not None:
         raise DeltaError(fact, expected=expected, hint=f"--onto {found.onto} is recommended: {found.reason}")
     measure = "name held-out rows to have both measured (--rows held_out.jsonl)"
-    if not order.alone:
+    if head_of(first) is not None:
+        measure = "--onto dequantized keeps the outputs that were measured in training"
+    elif not order.alone:
         measure = f"peftkit merge {first.name} --out FOLDER measures both for one adapter"
     raise DeltaError(f"{fact}; {found.reason}", expected=expected, hint=f"{measure}, or choose one")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from peftkit.base.head import Head
 from peftkit.base.ref import longest_sequence, read_config
 from peftkit.base.tokenizer import load_tokenizer
 from peftkit.data.audit import DataSpec, Part, divide, encode
@@ -19,6 +20,7 @@ from peftkit.events import Report, Warned, silent
 from peftkit.registry.manifest import Data, Version
 from peftkit.release.measured import NotMeasured
 from peftkit.runs import list_runs
+from peftkit.tuning.attach import head_of
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def held_out_rows(version: Version, runs_root: Path, given: Mapping[str, Path]) 
     """
     recorded = _recorded_settings(version.manifest.recipe.config if version.manifest.recipe else {})
     path = given.get(version.reference, given.get(version.name))
+    if (head := head_of(version)) is not None:
+        return _of_task(version, head, path)
     if path is not None:
         source = load_rows(path)
         return HeldOut(source.rows, source, recorded.model_copy(update={"format": "auto"}))
@@ -110,6 +114,15 @@ def held_out_rows(version: Version, runs_root: Path, given: Mapping[str, Path]) 
     if settings is None:
         return NotMeasured(f"{kept / 'config.yaml'} cannot be read, so the held-out rows are not known", ask)
     return _of_run(settings, promised, ask)
+
+
+def _of_task(version: Version, head: Head, path: Path | None) -> NotMeasured:
+    """Why answers are not what an adapter of a task is judged by. Raises DeltaError where rows are named for it."""
+    why = f"{version.reference} has a {head.kind} head, which gives no answer tokens to measure"
+    hint = f"peftkit eval {version.name} --data FILE measures it by its task's own metric"
+    if path is not None:
+        raise DeltaError(f"{why}; rows are given: {path}", expected="rows for adapters that answer in words", hint=hint)
+    return NotMeasured(why, hint)
 
 
 def _of_run(settings: DataSpec, promised: Data, ask: str) -> HeldOut | NotMeasured:

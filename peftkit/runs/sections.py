@@ -89,17 +89,41 @@ def evaluation(status: RunStatus) -> Markup:
     before, after = (dict(flat_figures(found.get(side))) for side in ("before", "after"))
     names = list(dict.fromkeys([*before, *after]))
     rows = [(name, as_text(before.get(name)), as_text(after.get(name))) for name in names]
-    rest = [(name, as_text(v)) for name, v in flat_figures({k: v for k, v in found.items() if k not in _SIDES})]
+    other = found.get("other")
+    others = dict(other) if isinstance(other, Mapping) else {}
+    behaviour = others.pop("behaviour", None)
+    further = {k: v for k, v in found.items() if k not in (*_SIDES, "other")} | ({"other": others} if others else {})
+    rest = [(name, as_text(v)) for name, v in flat_figures(further)]
     columns = ("", "before", "after")
     # The figures of single fields ("score.fields.product.recall") are many; the first look goes to the whole.
     single = [row for row in rows if row[0].count(".") > 1]
     parts = table_html(columns, [row for row in rows if row not in single][:_MOST_ROWS])
     if single:
         parts += details_html("Single fields", table_html(columns, single[:_MOST_ROWS]))
+    parts += _behaviour(behaviour)
     return parts + (details_html("More figures", facts_html(rest[:_MOST_ROWS])) if rest else Markup(""))
 
 
 _SIDES = ("before", "after")
+
+
+def _behaviour(found: Any) -> Markup:
+    """The probes by family, and what secrets and training answers were given away."""
+    if not isinstance(found, Mapping):
+        return Markup("")
+    families = found.get("families")
+    cells = [
+        (name, figures.get("prompts"), *(as_text(figures.get(key)) for key in _FAMILY))
+        for name, figures in (families.items() if isinstance(families, Mapping) else ())
+        if isinstance(figures, Mapping)
+    ]
+    columns = ("family", "prompts", "base passes", "adapter passes", "pass → fail", "fail → pass", "p (McNemar)")
+    rest = [(name, as_text(v)) for name, v in flat_figures({k: v for k, v in found.items() if k != "families"})]
+    parts = heading_html("behaviour on the probes") + paragraph_html("Refusals are counted by phrases.", "soft")
+    return parts + table_html(columns, cells[:_MOST_ROWS]) + facts_html(rest)
+
+
+_FAMILY = ("base", "adapter", "pass_to_fail", "fail_to_pass", "p")
 
 
 def warnings(status: RunStatus) -> Markup:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from peftkit.data.chat import Example
@@ -33,6 +34,7 @@ _MAY_CHANGE = (
     "data.cache",
     # What these name is compared by content, in the groups `data` and `base`.
     "data.train",
+    "data.mixture",
     "data.held_out",
     "data.against",
     "base.source",
@@ -47,12 +49,14 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rows_digest(examples: Sequence[Example]) -> str:
-    """SHA-256 over the token ids and labels of all rows, in their order."""
+    """SHA-256 over the token ids, images and labels of all rows, in their order."""
     if isinstance(examples, EncodedRows):
         return examples.sha256
     digest = hashlib.sha256()
     for example in examples:
         digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+        if image := getattr(example, "image", None):
+            digest.update(Path(image).read_bytes())
     return digest.hexdigest()
 
 

@@ -12,8 +12,8 @@ from transformers import TrainerCallback, set_seed
 from peftkit.backbone.shard import part_like
 from peftkit.data.chat import Example
 from peftkit.errors import PeftkitError, RunError, TrainingError
-from peftkit.events import Note, Warned
-from peftkit.generation.forward import autocast, row_nll
+from peftkit.events import Measured, Note, Warned
+from peftkit.generation.forward import autocast
 from peftkit.training import random_state
 from peftkit.training.checkpoint import Checkpoint, Checkpoints
 from peftkit.training.exhaustion import is_out_of_memory
@@ -156,6 +156,7 @@ class Course(TrainerCallback):  # type: ignore[misc]
         trainer, backbone = self.trainer, self.trainer.tuned.backbone
         nll = self._team.first(self._held_out_nll())  # one device's rounding must decide for all
         trainer.log_step(self.journal.step, {"held_out_nll": nll})
+        trainer.report(Measured(self.journal.step, "held_out_nll", nll))
         better = self.journal.measured(nll, counts=self.journal.step > trainer.unfreezing.last_thaw)
         if trainer.spec.early_stopping_patience is None:
             trainer.watch(self.journal.step, {"held_out_nll": nll})
@@ -175,14 +176,14 @@ class Course(TrainerCallback):  # type: ignore[misc]
         while True:
             try:
                 with autocast(backbone.device, backbone.placement.compute_dtype):
-                    sums = row_nll(
+                    sums = trainer.paths.measure(
                         trainer.tuned.model,
                         self.held_out,
                         pad_id=backbone.tokenizer.pad_id,
                         device=backbone.device,
                         batch_size=size,
                     )
-                return sum(sums) / sum(row.answer_tokens for row in self.held_out)
+                return sum(sums) / trainer.paths.counted(self.held_out)
             except (RuntimeError, MemoryError) as error:
                 if size == 1 or not is_out_of_memory(error) or self._team.sharded:
                     raise

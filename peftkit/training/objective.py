@@ -16,11 +16,11 @@ import torch
 
 from peftkit.errors import TrainingError
 from peftkit.training import random_state
-from peftkit.training.passes.paths import Paths
+from peftkit.training.passes.paths import Loss, Paths
 from peftkit.training.regularize.adversarial import ascent, uniform_start
 from peftkit.training.regularize.dropout import Place, dropout_at, drops, places_of_dropout
 from peftkit.training.regularize.embeddings import Change, changed, neftune, tokens_of, width_of
-from peftkit.training.regularize.losses import TokenLoss, twice
+from peftkit.training.regularize.losses import twice
 from peftkit.training.regularize.mixout import mixture
 from peftkit.training.regularize.penalties import Penalties
 from peftkit.training.regularize.spec import RegularizeSpec
@@ -50,8 +50,8 @@ class Objective:
     draws = False
     """Whether passes draw random numbers of the objective's own."""
 
-    def __init__(self, loss: TokenLoss | None = None) -> None:
-        self.loss = loss or TokenLoss()
+    def __init__(self, loss: Loss | None = None) -> None:
+        self.loss = loss or Paths().loss(RegularizeSpec())
 
     def gradients(self, work: Work) -> float:
         """Add the gradients of one micro-batch; its summed NLL in nats."""
@@ -71,8 +71,8 @@ class Objective:
 class Regularized(Objective):
     """The NLL with the regularizers of a spec; every random number comes from torch's own generators."""
 
-    def __init__(self, tuned: Tuned, spec: RegularizeSpec) -> None:
-        super().__init__(TokenLoss(spec.label_smoothing, spec.r_drop))
+    def __init__(self, tuned: Tuned, spec: RegularizeSpec, loss: Loss | None = None) -> None:
+        super().__init__(loss or Paths().loss(spec))
         self.spec = spec
         self.tuned = tuned
         start = {n: p.detach().clone() for n, p in tuned.trainable.items()} if spec.l2_sp or spec.mixout else {}
@@ -132,17 +132,27 @@ class Regularized(Objective):
         )
 
 
-def objective(tuned: Tuned, spec: RegularizeSpec, *, sharded: bool = False, trunk_cache: bool = False) -> Objective:
+def objective(
+    tuned: Tuned,
+    spec: RegularizeSpec,
+    paths: Paths | None = None,
+    *,
+    sharded: bool = False,
+    trunk_cache: bool = False,
+) -> Objective:
     """The objective of a run, made before its first step: the tensors' values now are where it started.
+
+    `paths` say what the rows are scored by.
 
     Raises TrainingError for a regularizer that would have no effect, or cannot be right over a base that is `sharded`.
     With `trunk_cache`, its hints leave out what a cached trunk does not go with.
     """
+    loss = (paths or Paths()).loss(spec)
     if not spec.active:
-        return Objective()
+        return Objective(loss)
     if sharded:
         _refuse_sharded(spec)
-    made = Regularized(tuned, spec)
+    made = Regularized(tuned, spec, loss)
     if spec.dropout is not None and not made.places:
         raise TrainingError(
             f"train.regularize.dropout={spec.dropout:g} has no effect: {type(tuned.backbone.model).__name__} has no "

@@ -15,7 +15,7 @@ from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 from peftkit.data.chat import Example
 from peftkit.data.encoded import longest
-from peftkit.generation.forward import autocast, row_nll
+from peftkit.generation.forward import autocast
 from peftkit.generation.generate import generate
 from peftkit.training import random_state
 from peftkit.training.memory import checkpoint_activations, keep_activations, release
@@ -68,6 +68,7 @@ def probe(
     *,
     evaluation_batch: int,
     answers: bool,
+    paths: Paths | None = None,
 ) -> Probe:
     """Try one micro-batch of the longest training rows, and one batch of the longest held-out rows.
 
@@ -78,7 +79,7 @@ def probe(
     device, tokenizer = backbone.device, backbone.tokenizer
     before = random_state.capture(device)
     try:
-        paths, at_once = paths_for(tuned, spec), tokens_of(examples, spec, device)
+        paths, at_once = paths or paths_for(tuned, spec), tokens_of(examples, spec, device)
         fullest = _fullest(longest(examples, spec.rows_per_step), paths, at_once)
         with _as_in_training(tuned, spec) as around:
             tokens = sum(len(row.input_ids) for row in fullest)
@@ -87,11 +88,11 @@ def probe(
         likelihood = answered = None
         tuned.model.eval()
         if rows:
-            options = {"pad_id": tokenizer.pad_id, "device": device, "batch_size": evaluation_batch}
+            options: dict[str, Any] = {"pad_id": tokenizer.pad_id, "device": device, "batch_size": evaluation_batch}
             tokens = sum(len(row.input_ids) for row in rows)
             with autocast(device, backbone.placement.compute_dtype):
-                likelihood = _measured(device, lambda: row_nll(tuned.model, rows, **options), tokens)
-                prompts = [row.prompt_ids for row in rows if row.prompt_ids] if answers else []
+                likelihood = _measured(device, lambda: paths.measure(tuned.model, rows, **options), tokens)
+                prompts = [ids for row in rows if (ids := row.prompt_ids)] if answers else []
                 if prompts:
                     answered = _measured(device, lambda: _answer(tuned, prompts), len(prompts) * _ANSWER_TOKENS)
         return Probe(step, likelihood, answered)
@@ -128,14 +129,14 @@ def _step(
     tokens_at_once: int,
 ) -> None:
     backbone = tuned.backbone
-    tuned.model.train()
+    paths.begin(tuned.model)
     step = Step(
         tuned.model,
         rows,
         pad_id=backbone.tokenizer.pad_id,
         device=backbone.device,
         forward=lambda: autocast(backbone.device, backbone.placement.compute_dtype),
-        objective=objective(tuned, spec.regularize, trunk_cache=spec.trunk_cache),
+        objective=objective(tuned, spec.regularize, paths, trunk_cache=spec.trunk_cache),
         paths=paths,
     )
     with around:

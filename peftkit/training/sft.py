@@ -24,14 +24,14 @@ from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.journal import Journal
 from peftkit.training.memory import checkpoint_activations, keep_activations, peak_bytes, reset_peak
 from peftkit.training.parallel import Team, digest, team
-from peftkit.training.passes.paths import Paths, paths_for, paths_of, side_by_side
+from peftkit.training.passes.paths import Paths, paths_for, side_by_side
 from peftkit.training.passes.split import tokens_of
 from peftkit.training.rates import learning_rate
 from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.spec import TrainSpec
 from peftkit.training.stop import StopRequest
 from peftkit.training.suited import check_suited
-from peftkit.training.trainer import Log, StepTrainer
+from peftkit.training.trainer import Log, StepTrainer, trainer_for
 from peftkit.training.trunk.cached import cached_trunk, check_cached
 from peftkit.training.trunk.passes import measuring_passes, training_passes
 from peftkit.training.unfreezing import thaw
@@ -101,7 +101,7 @@ def train(
     together.agree({**facts, "adapter at the start": digest(tuned.trainable)})
     paths = _shortcuts(tuned, spec, paths, together, report)
     with _model_as_it_was(tuned), _trained_part(tuned, examples, plan, held_out, spec, together, cache, report) as part:
-        trainer = StepTrainer(part, examples, plan, spec, folder, report, log, together, paths=paths_of(paths, part))
+        trainer = trainer_for(part)(part, examples, plan, spec, folder, report, log, together, paths=paths.of(part))
         if spec.gradient_checkpointing:
             checkpoint_activations(part, spec.checkpointed_blocks)
         if together.sharded:
@@ -194,7 +194,8 @@ def _run(trainer: StepTrainer) -> None:
 def _model_as_it_was(tuned: Tuned) -> Iterator[None]:
     """Undo what Trainer does to a model: it writes use_cache and special tokens, and switches checkpointing on."""
     base = tuned.inner
-    configs = [(c, dict(vars(c))) for c in (base.config, base.config.get_text_config(), base.generation_config)]
+    held = (base.config, base.config.get_text_config(), getattr(base, "generation_config", None))
+    configs = [(config, dict(vars(config))) for config in held if config is not None]
     try:
         yield
     finally:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from peftkit.data.chat import IGNORED
 from peftkit.errors import TrainingError
 from peftkit.generation.forward import Labelled
 from peftkit.process_group import ProcessGroup
@@ -24,6 +23,7 @@ from peftkit.training.objective import Objective, Work
 from peftkit.training.parallel import Team
 from peftkit.training.passes.paths import Paths
 from peftkit.training.passes.split import lengths
+from peftkit.training.regularize.spec import RegularizeSpec
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Step:
     ) -> None:
         self.model = model
         self.paths = paths or Paths()
-        self.objective = objective or Objective()
+        self.objective = objective or Objective(self.paths.loss(RegularizeSpec()))
         self.rows = rows
         self.team = team or Team(ProcessGroup())
         self._shares = self.team.shares(lengths(rows))
@@ -69,7 +69,7 @@ class Step:
         self.device = device
         self.forward = forward
         self.backward = backward or (lambda loss: loss.backward())
-        self.answer_tokens = sum(label != IGNORED for row in rows for label in row.labels[1:])
+        self.answer_tokens = self.paths.counted(rows)
         self._random = random_state.capture(device)
         if self.answer_tokens == 0:
             raise TrainingError("a step has no answer token, so it has no loss", expected="labels in every step")
@@ -89,11 +89,14 @@ class Step:
         """
         total = 0.0
         with self.paths.around(self.model):
+            options: dict[str, Any] = {"pad_id": self.pad_id, "device": self.device, "forward": self.forward}
+            rows = self.paths.prepared(self.model, self.rows, tokens_at_once, **options)
+            self.share = [rows[index] for index in self._shares[self.team.rank]]
             batches = self.batches(tokens_at_once)
-            for rows, flat in batches:
-                total += self._pass([self.share[index] for index in rows], self.team.weight, flat=flat)
+            for batch, flat in batches:
+                total += self._pass([self.share[index] for index in batch], self.team.weight, flat=flat)
             if self.team.sharded:
-                shortest = min((row for row in self.rows), key=lambda row: len(row.input_ids))
+                shortest = min((row for row in rows), key=lambda row: len(row.input_ids))
                 for _ in range(self.micro_batches(tokens_at_once) - len(batches)):
                     self._pass([shortest], 0, flat=False)
         return total

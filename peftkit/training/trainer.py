@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with our step, held to what the configuration says.
+"""The trainers of transformers and TRL with our step, held to what the configuration says.
 
 TRL 1.16 casts adapters of quantized bases to bfloat16, keeps a patched `forward` on the base, sends telemetry, cuts
 rows at 1024 tokens and hides NaN losses unless told otherwise. Each line below that undoes one of these has a test
@@ -14,12 +14,13 @@ import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback
+from transformers import PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from peftkit.backbone.decide import optimizer
@@ -51,7 +52,7 @@ from peftkit.tuning.tuned import Tuned
 Log = Callable[[int, dict[str, float]], None]
 
 
-class StepTrainer(SFTTrainer):  # type: ignore[misc]
+class StepTrainer(Trainer):  # type: ignore[misc]
     """One `training_step` is one optimizer step over all its rows; `journal` tells what was done so far."""
 
     lr_scheduler: Any
@@ -86,19 +87,22 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         )
         self.result: StepResult | None = None
         """What the step in progress did; the journal has it once the optimizer has used it."""
-        self.objective = objective(tuned, spec.regularize, sharded=team.sharded, trunk_cache=spec.trunk_cache)
+        self.objective = objective(
+            tuned, spec.regularize, self.paths, sharded=team.sharded, trunk_cache=spec.trunk_cache
+        )
         self.allocator = allocator(tuned, len(plan))
         self.groups, self.unfreezing = self._by_depth()
         base = tuned.inner
         own_forward = base.__dict__.get("forward")
         # Values, not dtypes: a float32 that went through bfloat16 and back has lost 16 bits.
         values = {name: parameter.detach().clone() for name, parameter in tuned.trainable.items()}
+        self.maybe_activation_offload_context = nullcontext()  # TRL's own constructor puts another one in its place
         try:
             with quiet():
                 super().__init__(
                     model=tuned.model,
                     args=sft_arguments(tuned, plan, spec, folder, decision.choice),
-                    train_dataset=to_dataset(examples),
+                    train_dataset=self._dataset(),
                     processing_class=backbone.tokenizer.hf,
                     data_collator=list,
                 )
@@ -114,6 +118,10 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         self.is_distributed_loading_by_transformers = team.size > 1
         self.step_began = time.perf_counter()
 
+    def _dataset(self) -> Any:
+        """What upstream is shown as the data set; the rows come from `get_train_dataloader`."""
+        return _Steps(self.plan.steps)
+
     def _by_depth(self) -> tuple[tuple[Group, ...], Unfreezing]:
         """The optimizer's groups and what trains when; the rates are told where the settings do not."""
         tuned, spec = self.tuned, self.spec
@@ -127,12 +135,6 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             self.report(Note(f"{len(rates)} learning rates, from {rates[0]:.3g} to {rates[-1]:.3g}"))
         trained = spans(spec, (found.of[name] for name in tuned.names), rows=len(self.examples), steps=len(self.plan))
         return groups, Unfreezing(tuned, found, trained, self.report)
-
-    def _send_telemetry(self) -> None:
-        """Nothing leaves this machine; TRL would send model, device and data source to the Hub."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """No card: the registry's manifest says what the adapter is."""
 
     def _sync_replicated_trainable_parameters(self, model: Any) -> None:
         """Upstream would take the mean of gradients in every backward pass; `Step.finish` sums them once."""
@@ -168,7 +170,7 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
         self.unfreezing.begin(self.journal.step, self.optimizer)
         if self.unfreezing.changes_at(self.journal.step):
             self.watchdog.begin_anew()
-        model.train()
+        self.paths.begin(model)
         backbone = self.tuned.backbone
         step = Step(
             model,
@@ -227,6 +229,24 @@ class StepTrainer(SFTTrainer):  # type: ignore[misc]
             if alarm.action == "stop":
                 raise TrainingError(f"step {step}: {alarm.fact}", expected=alarm.expected, hint=alarm.hint)
             self.report(Warned(f"step {step}: {alarm.fact}; expected {alarm.expected}", alarm.hint))
+
+
+class AnswerTrainer(StepTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, for bases with a language head; one with a task's head has transformers' own."""
+
+    def _dataset(self) -> Any:
+        return to_dataset(self.examples)
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves this machine; TRL would send model, device and data source to the Hub."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: the registry's manifest says what the adapter is."""
+
+
+def trainer_for(tuned: Tuned) -> type[StepTrainer]:
+    """Which trainer a backbone is trained by."""
+    return AnswerTrainer if tuned.backbone.head is None else StepTrainer
 
 
 class _Arguments(SFTConfig):  # type: ignore[misc]

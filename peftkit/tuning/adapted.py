@@ -9,7 +9,7 @@ import peftkit.backbone.bnb  # noqa: F401  first: peft would import bitsandbytes
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM
+from peft import PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 
@@ -32,3 +32,16 @@ class AdaptedModel(PeftModelForCausalLM):  # type: ignore[misc]
         """The base's own head, beneath an adapter on it."""
         head = self.get_base_model().get_output_embeddings()
         return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+
+
+class HeadedModel(PeftModel):  # type: ignore[misc]
+    """A base with a task's head and an adapter in it; the head is trained beside the adapter.
+
+    PEFT's own classes per task rewrite labels, and look for the head under two names only.
+    """
+
+
+def adapted(model: torch.nn.Module, config: Any, **options: Any) -> Any:
+    """PEFT's model around one that answers, or around one with a task's head."""
+    kind = AdaptedModel if hasattr(model, "prepare_inputs_for_generation") else HeadedModel
+    return kind(model, config, **options)

@@ -16,6 +16,7 @@ from typing import Any
 from peftkit.backbone.load import Backbone, load_backbone
 from peftkit.backbone.locate import locate_again
 from peftkit.backbone.spec import QuantSpec
+from peftkit.base.head import Head
 from peftkit.base.ref import BaseSpec
 from peftkit.errors import TuningError
 from peftkit.events import Report, silent
@@ -94,6 +95,7 @@ class Attached:
                 hint="detach it, or choose a name",
             )
         stored = read(version)
+        check_head(version, self.backbone)
         check_config_of(stored, self.backbone)
         receipts = check_base(version, self.backbone, other_base=other_base, report=report)
         check_bare(self.backbone)
@@ -170,8 +172,9 @@ def resume_adapter(
     TuningError when they ask for another adapter than the parent's: its shape is fixed by its tensors.
     """
     stored = read(version)
+    check_head(version, backbone)
     check_config_of(stored, backbone)
-    _check_trained_here(stored)
+    _check_trained_here(stored, backbone)
     receipts = check_base(version, backbone, other_base=other_base, report=report)
     check_bare(backbone)
     parent = parent_spec(version, spec, asked)
@@ -192,7 +195,25 @@ def resume_adapter(
     return Tuned(model, backbone, parent, trained_names(model), (relation,), receipts)
 
 
-def _check_trained_here(stored: Stored) -> None:
+def check_head(version: Version, backbone: Backbone) -> None:
+    """Raise TuningError where a version was trained with another head than the backbone has."""
+    own, held = head_of(version), backbone.head
+    if own != held and (own is not None or held is None):
+        said = [_described(head) for head in (own, held)]
+        raise TuningError(
+            f"{version.reference} was trained with {said[0]}, and this backbone has {said[1]}",
+            expected="a backbone with the head of the adapter's task",
+            hint="attach adapters of one task and one set of labels to one backbone",
+        )
+
+
+def _described(head: Head | None) -> str:
+    if head is None:
+        return "the language head"
+    return f"a {head.kind} head" + (f" of {len(head.labels)} labels" if head.labels else "")
+
+
+def _check_trained_here(stored: Stored, backbone: Backbone) -> None:
     """Raise TuningError for an adapter that can be attached, but is not what `inject` makes for its method."""
     if stored.version.manifest.kind == "tensors":
         return
@@ -209,7 +230,8 @@ def _check_trained_here(stored: Stored) -> None:
             f"{stored.version.reference} is of {kind} and cannot be continued: its manifest says method {method}",
             expected=f"method {' or '.join(made)}",
         )
-    extras = [key for key in ("modules_to_save", "lora_bias", "prefix_projection") if config.get(key)]
+    refused = ("modules_to_save", "lora_bias", "prefix_projection")
+    extras = [key for key in refused if config.get(key) and not (key == refused[0] and backbone.head is not None)]
     if extras:
         raise TuningError(
             f"{stored.version.reference} is of {kind} with {', '.join(extras)} and cannot be continued",
@@ -226,15 +248,22 @@ def open_adapters(
     other_base: bool = False,
     report: Report = silent,
 ) -> Attached:
-    """Load the base that `versions` were trained on, in the precision they were trained on, and attach them.
+    """Load the base that `versions` were trained on, with their head and in their precision, and attach them.
 
     `base` and `bits` override what the first version's manifest says. Raises what `attach` raises.
     """
     recorded = versions[0].manifest.base
     known = BaseSpec(source=base) if base else None
     spec = known or locate_again(recorded.source, recorded.revision, recorded.record, cache)
-    backbone = load_backbone(spec, quant_of(recorded.quantization or {}, bits), cache, report=report)
+    quant, head = quant_of(recorded.quantization or {}, bits), head_of(versions[0])
+    backbone = load_backbone(spec, quant, cache, head=head, report=report)
     return attach(backbone, *versions, other_base=other_base, report=report)
+
+
+def head_of(version: Version) -> Head | None:
+    """The task's head that a version was trained with; None for a language head."""
+    recorded = version.manifest.adapter.get("head")
+    return Head.of(recorded) if isinstance(recorded, Mapping) else None
 
 
 def quant_of(recorded: Mapping[str, Any], bits: int | None) -> QuantSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from peftkit.base.head import Head, HeadKind
 from peftkit.errors import TuningError
 
 _ALL, _FROM_8, _FROM_16 = (4, 8, 16, 32), (8, 16, 32), (16, 32)
@@ -22,6 +23,14 @@ ATTACHABLE: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("HRA", "DELORA", "GLORA", "PEANUT", "SUPERTUNING", "TINYLORA", "UNILORA"), _FROM_16),
 }
 """Method (PEFT's `peft_type`) → bits of the bases it computes rightly over, in peft 0.21.2."""
+
+_TASKS: dict[HeadKind, str | None] = {
+    "sequence": "SEQ_CLS",
+    "token": "TOKEN_CLS",
+    "span": "QUESTION_ANS",
+    "image": None,
+    "seq2seq": "SEQ_2_SEQ_LM",
+}
 
 _REFACTORS = "factorizes the base's weights again when it loads, so its numbers depend on the machine's LAPACK"
 NOT_ATTACHABLE: dict[str, str] = {
@@ -67,10 +76,18 @@ _MODULE_LISTS = (
 _HARMLESS_INITS = (True, False, None, "gaussian")
 
 
-def check_config(config: Mapping[str, Any], reference: str, bits: int) -> None:
-    """Raise TuningError when an adapter with this `adapter_config.json` cannot lie beside a base of `bits` bits."""
+def task_type(head: Head | None) -> str | None:
+    """PEFT's word for what a base with this head does; it has none for images."""
+    return "CAUSAL_LM" if head is None else _TASKS[head.kind]
+
+
+def check_config(config: Mapping[str, Any], reference: str, bits: int, task: str | None = "CAUSAL_LM") -> None:
+    """Raise TuningError when an adapter with this `adapter_config.json` cannot lie beside a base of `bits` bits.
+
+    `task` is what the base's head does, as PEFT calls it.
+    """
     problems = _method_problems(config.get("peft_type"), bits) or [
-        *_value_problems(config),
+        *_value_problems(config, task),
         *(f"{key} is set, which peftkit does not attach" for key in _REFUSED_SETTINGS if config.get(key)),
     ]
     if problems:
@@ -88,10 +105,10 @@ def _method_problems(method: Any, bits: int) -> list[str]:
     return []
 
 
-def _value_problems(config: Mapping[str, Any]) -> list[str]:
+def _value_problems(config: Mapping[str, Any], task: str | None) -> list[str]:
     problems = []
-    if config.get("task_type") not in ("CAUSAL_LM", None):
-        problems.append(f"task_type is {config['task_type']!r}, expected CAUSAL_LM")
+    if config.get("task_type") not in (task, None):
+        problems.append(f"task_type is {config['task_type']!r}, expected {task}")
     for key in _MODULE_LISTS:
         value = config.get(key)
         # A string is a pattern that PEFT would run, and this file is not trusted; a plain name matches itself alone.

@@ -24,12 +24,14 @@ from peft import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftkit.backbone.heads import head_modules
 from peftkit.backbone.load import Backbone
 from peftkit.base.ref import read_config
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.errors import BaseError, TuningError
 from peftkit.planning.architecture import architecture
 from peftkit.planning.trained import adapted_linears, feed_forward
+from peftkit.tuning.attachable import task_type
 from peftkit.tuning.depth import find_blocks
 from peftkit.tuning.layers import chosen_layers
 from peftkit.tuning.methods import AdapterSpec
@@ -49,6 +51,7 @@ PEFT_TYPES = {
 """Method → what it is in an adapter_config.json, where that is not LORA."""
 _LINEAR_ONLY = ("loha", "lokr", "oft")
 """PEFT 0.21.2 has no layer of these for Conv1D."""
+_WITHOUT_HEAD = ("prompt_tuning", "prefix_tuning", "trainable_tokens")
 
 
 def peft_type(method: str) -> str:
@@ -63,6 +66,19 @@ def peft_config(backbone: Backbone, spec: AdapterSpec) -> Any:
     """
     if spec.method in _LINEAR_ONLY:
         _check_linear(backbone, spec)
+    if spec.method in _WITHOUT_HEAD and backbone.head is not None:
+        raise TuningError(
+            f"adapter.method={spec.method} goes with a language head, and this base has a task's",
+            expected="a method with layers of its own, such as lora, or tensors of the base, such as top_layers",
+            hint="adapter.method=lora",
+        )
+    if spec.method == "eva" and backbone.head is not None and backbone.head.kind in ("image", "seq2seq"):
+        kinds = {"image": "images", "seq2seq": "an encoder-decoder base"}
+        raise TuningError(
+            f"adapter.method=eva reads rows as tokens of one text, which {kinds[backbone.head.kind]} cannot give it",
+            expected="an encoder or a causal base, or another method",
+            hint="adapter.method=lora",
+        )
     return _CONFIGS.get(spec.method, _lora)(backbone, spec)
 
 
@@ -153,7 +169,7 @@ def _ia3(backbone: Backbone, spec: AdapterSpec) -> Any:
     layers = spec.layers or "all"
     chosen = targets(backbone.model, wanted, layers)
     return IA3Config(
-        task_type="CAUSAL_LM",
+        **_task(backbone),
         target_modules=chosen,
         feedforward_modules=targets(backbone.model, inputs, layers) if inputs else [],
     )
@@ -248,8 +264,36 @@ def _tokens(backbone: Backbone, spec: AdapterSpec) -> Any:
 
 
 def _places(backbone: Backbone, spec: AdapterSpec) -> dict[str, Any]:
-    wanted = targets(backbone.model, spec.target_modules or "all-linear", spec.layers or "all")
-    return {"task_type": "CAUSAL_LM", "target_modules": wanted}
+    asked = spec.target_modules or "all-linear"
+    whole = spec.layers in (None, "all")  # no head stands in a block
+    if asked == "all-linear" and whole and (heads := head_modules(backbone.model)):
+        asked = _linears_below(backbone.model, heads)
+        if not asked:
+            raise TuningError(
+                f"adapter.target_modules=all-linear: {type(backbone.model).__name__} has no linear layers but its "
+                "head's",
+                expected="endings of module names: " + ", ".join(linear_endings(backbone.model)),
+                hint="adapter.target_modules=[convolution]",
+            )
+    wanted = targets(backbone.model, asked, spec.layers or "all")
+    return {**_task(backbone), "target_modules": wanted}
+
+
+def _task(backbone: Backbone) -> dict[str, Any]:
+    """What PEFT is told about the head: its own modules are trained whole and stored with the adapter."""
+    if backbone.head is None:
+        return {"task_type": "CAUSAL_LM"}
+    saved = list(head_modules(backbone.model))
+    return {"task_type": task_type(backbone.head), "modules_to_save": saved or None}
+
+
+def _linears_below(model: nn.Module, heads: Collection[str]) -> list[str]:
+    """Full names of the linear layers that are not the head's: PEFT knows heads under two names only."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in heads)
+    ]
 
 
 def _is_target(name: str, module: nn.Module | None, wanted: Targets) -> bool:

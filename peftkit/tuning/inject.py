@@ -22,7 +22,7 @@ from peftkit.data.chat import Example
 from peftkit.errors import PeftkitError, TuningError
 from peftkit.events import Decision, Note, Report, Warned, silent
 from peftkit.process_group import launched
-from peftkit.tuning.adapted import AdaptedModel
+from peftkit.tuning.adapted import adapted
 from peftkit.tuning.allocator import ranks_as_they_are
 from peftkit.tuning.configs import linear_endings, name_feedforward, peft_config
 from peftkit.tuning.fit import check_bare
@@ -57,7 +57,7 @@ def inject(backbone: Backbone, spec: AdapterSpec, *, rows: Sequence[Example] = (
     with torch.random.fork_rng(devices=_cuda_devices(backbone)), _undone(before, backbone, spec):
         torch.manual_seed(spec.seed)
         config = peft_config(backbone, spec)
-        kind = PromptedModel if config.is_prompt_learning else AdaptedModel
+        kind = PromptedModel if config.is_prompt_learning else adapted
         model = kind(backbone.model, config, autocast_adapter_dtype=True)
         name_feedforward(config, model)
         _keep_float32(model)
@@ -166,6 +166,7 @@ def save_adapter(tuned: Tuned, folder: Path) -> Path:
     base = tuned.backbone.base
     config["base_model_name_or_path"] = base.portable
     config["revision"] = base.revision
+    config["auto_mapping"] = None  # where PEFT has no word for the task it names classes to import, which none needs
     for key in ("target_modules", "feedforward_modules"):
         if isinstance(config.get(key), list):  # sets, in the order of the day
             config[key] = sorted(config[key])

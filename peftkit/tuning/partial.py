@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from peftkit.backbone.contain import quantized_linears
+from peftkit.backbone.heads import head_parameters
 from peftkit.backbone.load import Backbone, Dense
 from peftkit.errors import TuningError
 from peftkit.events import Note, Report, Warned, silent
@@ -80,8 +81,13 @@ def _numbers(model: nn.Module, names: Sequence[str], report: Report) -> dict[str
 def partial_names(model: Any, spec: AdapterSpec) -> tuple[str, ...]:
     """Names of the tensors that a method trains, in the model's order; the model may be without numbers.
 
-    Raises TuningError when there are none.
+    A task's head is always among them. Raises TuningError when there are none.
     """
+    named, heads = _named(model, spec), head_parameters(model)
+    return (*named, *(name for name in heads if name not in named))
+
+
+def _named(model: Any, spec: AdapterSpec) -> tuple[str, ...]:
     at = depths(model)
     tensors = dict(model.named_parameters())
     if spec.method == "full":

@@ -22,8 +22,8 @@ from torch import nn
 from peftkit.backbone.load import Backbone
 from peftkit.errors import PeftkitError, TuningError
 from peftkit.registry.store import Version
-from peftkit.tuning.adapted import AdaptedModel
-from peftkit.tuning.attachable import check_config
+from peftkit.tuning.adapted import adapted
+from peftkit.tuning.attachable import check_config, task_type
 from peftkit.tuning.fit import fitted
 from peftkit.tuning.prompted import PromptedModel
 from peftkit.tuning.skeleton import places, skeleton
@@ -91,7 +91,8 @@ class Spares:
 def check_config_of(stored: Stored, backbone: Backbone) -> None:
     """Raise TuningError when a version's settings cannot be used over this backbone."""
     if stored.version.manifest.kind == "peft":
-        check_config(stored.config, stored.version.reference, backbone.quant.bits)
+        task = task_type(backbone.head)
+        check_config(stored.config, stored.version.reference, backbone.quant.bits, task)
 
 
 def inject_stored(
@@ -103,7 +104,7 @@ def inject_stored(
     """
     config = peft_config_of(stored, trainable=trainable)
     meta = not trainable and _plain_lora(config)
-    kind = PromptedModel if config.is_prompt_learning else AdaptedModel
+    kind = PromptedModel if config.is_prompt_learning else adapted
     base = {_storage(tensor) for _, _, tensor in places(model)}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         peft = kind(model, config, low_cpu_mem_usage=meta)
@@ -196,7 +197,8 @@ def peft_config_of(stored: Stored, *, trainable: bool) -> Any:
             hint="pip install --upgrade peft",
         )
     known = {key: value for key, value in fields.items() if key not in unknown}
-    return kind(**{**known, "task_type": "CAUSAL_LM", "inference_mode": not trainable})
+    task = known.get("task_type") or "CAUSAL_LM"
+    return kind(**{**known, "task_type": task, "inference_mode": not trainable})
 
 
 def _key(stored: Stored) -> str:

@@ -42,7 +42,7 @@ def test_every_kind_of_reference_is_recognised(tmp_path: Path, monkeypatch: pyte
         "~/model.gguf": "gguf",
     }
     assert {source: parse(BaseSpec(source=source)).kind for source in kinds} == kinds
-    assert len(kinds) == 10
+    assert len(kinds) == 9 + len(EMBEDDED)
 
 
 def test_the_default_base_needs_no_hub() -> None:

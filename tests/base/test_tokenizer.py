@@ -41,6 +41,20 @@ def test_a_base_without_any_end_token_is_refused(folder: Path) -> None:
     assert load_tokenizer(folder).pad_id == 0  # without a pad token of its own
 
 
+def test_a_tokenizer_that_never_answers_needs_no_end_token(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert load_tokenizer(folder, answers=False).stop_ids == ()
+    set_generation(folder, 0)
+    assert load_tokenizer(folder, answers=False).stop_ids == ()
+    padded = load_tokenizer(folder).pad_id
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(folder, answers=False).pad_id == 2 == padded  # the eos
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(folder, answers=False).pad_id == 0
+
+
 def test_ids_and_text_are_exact_inverses(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     text = " Hello , world .  do n't\n\n\té漢🙂<|im_end|>"

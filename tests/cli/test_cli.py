@@ -151,9 +151,12 @@ def test_base_and_doctor(cli: Cli, tiny_base: Path) -> None:
 
 
 def test_recipes(cli: Cli, tmp_path: Path) -> None:
-    loras = ["lora8bit_sft", "lora_sft", "qlora_sft"]
-    names = ["continued_pretraining", "gradual_unfreezing_sft", "layerwise_sft", *loras, "top_layers_sft"]
-    assert [r["name"] for r in reply(cli("recipes", "list", "--json"))] == names
+    listed = reply(cli("recipes", "list", "--json"))
+    assert [each["name"] for each in listed] == sorted(
+        path.stem for path in (Path(__file__).resolve().parents[2] / "recipes").glob("*.py")
+    )
+    assert len(listed) == 18
+    assert all(each["summary"] for each in listed)
     assert "train.learning_rate" in cli("recipes", "show", "lora_sft")[1]
     assert reply(cli("recipes", "show", "lora_sft", "--schema"))["additionalProperties"] is False
     assert cli("recipes", "copy", "lora_sft", str(tmp_path / "mine.py"))[0] == 0

@@ -242,7 +242,7 @@ def test_a_probe_leaves_no_trace(settings: list[str], monkeypatch: pytest.Monkey
         return load_file(version.path / "adapter_model.safetensors")
 
     first = trained()
-    monkeypatch.setattr(ahead_module.Ahead, "probe", lambda self, tuned, plan: None)
+    monkeypatch.setattr(ahead_module.Ahead, "probe", lambda self, tuned, plan, paths: None)
     second = trained()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

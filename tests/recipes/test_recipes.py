@@ -29,6 +29,10 @@ BITS = {"lora8bit_sft": 8, "lora_sft": 16, "qlora_sft": 4}
 """Recipes that train a LoRA over a base of so many bits; those of other strategies run in test_strategies.py."""
 STRATEGIES = ["continued_pretraining", "gradual_unfreezing_sft", "layerwise_sft", "top_layers_sft"]
 NAMES = sorted([*BITS, *STRATEGIES])
+OTHERS = ["distillation", "dpo", "extractive_qa", "image_classification", "kto", "orpo", "regression", "summarization",
+          "text_classification", "token_classification", "translation"]  # fmt: skip
+"""Recipes with rows of another kind, or a teacher; their tests are in files of their own."""
+SHIPPED = sorted([*NAMES, *OTHERS])
 SECRET = "zanzibar"  # stands in every row: where it turns up, a user's row has been kept
 
 
@@ -93,7 +97,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_shipped_recipes() -> None:
-    assert sorted(shipped()) == NAMES
+    assert sorted(shipped()) == SHIPPED
     assert recipes_folder() == ROOT / "recipes"
 
 
@@ -482,7 +486,7 @@ def test_recipes_load_from_a_wheel(settings: list[str], tmp_path: Path) -> None:
     (path,) = built.glob("peftkit-*.whl")
     install = [*pip, "install", "--no-deps", "--no-index", "--target", str(site), str(path)]
     assert subprocess.run(install, capture_output=True, text=True).returncode == 0
-    assert sorted(p.name for p in (site / "peftkit" / "_recipes").glob("*.py")) == [f"{name}.py" for name in NAMES]
+    assert sorted(p.name for p in (site / "peftkit" / "_recipes").glob("*.py")) == [f"{name}.py" for name in SHIPPED]
     code = (
         "import sys, peftkit; from peftkit.recipe import shipped, load, recipes_folder; "
         "print(peftkit.__file__); print(recipes_folder()); print([load(p).name for p in shipped().values()]); "
@@ -501,5 +505,5 @@ def test_recipes_load_from_a_wheel(settings: list[str], tmp_path: Path) -> None:
     module, folder, names = done.stdout.splitlines()[:3]
     assert module.startswith(str(site))
     assert folder == str(site / "peftkit" / "_recipes")
-    assert names == str(NAMES)
+    assert names == str(SHIPPED)
     assert registry().resolve("wheel").manifest.recipe is not None

@@ -26,7 +26,7 @@ from peftkit.training import trainer as sft
 from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
-from peftkit.training.trainer import StepTrainer, sft_arguments
+from peftkit.training.trainer import AnswerTrainer, sft_arguments
 from peftkit.tuning.methods import METHODS
 from peftkit.tuning.tuned import Tuned
 
@@ -43,10 +43,10 @@ def disturb(tuned: Tuned, size: float = 0.1) -> Tuned:
     return tuned
 
 
-def trainer_for(tuned: Tuned, examples: list[Example], folder: Path, **spec: Any) -> StepTrainer:
+def trainer_for(tuned: Tuned, examples: list[Example], folder: Path, **spec: Any) -> AnswerTrainer:
     settings = TrainSpec(**spec)
     plan = schedule(examples, settings)
-    trainer = StepTrainer(tuned, examples, plan, settings, folder, lambda event: None, lambda step, figures: None)
+    trainer = AnswerTrainer(tuned, examples, plan, settings, folder, lambda event: None, lambda step, figures: None)
     trainer.create_optimizer_and_scheduler(num_training_steps=len(plan))
     return trainer
 
@@ -156,13 +156,13 @@ def telemetry(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_contract_trl_sends_telemetry_from_its_constructor(
     tuned: Make, rows: Rows, tmp_path: Path, telemetry: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(StepTrainer, "_send_telemetry")
+    monkeypatch.delattr(AnswerTrainer, "_send_telemetry")
     trainer_for(tuned(bits=4), rows((5, 9)), tmp_path)
     assert len(telemetry) == 1
 
 
 def test_nothing_is_sent(tuned: Make, rows: Rows, tmp_path: Path, telemetry: list[Any]) -> None:
-    assert StepTrainer._send_telemetry is not SFTTrainer._send_telemetry
+    assert AnswerTrainer._send_telemetry is not SFTTrainer._send_telemetry
     train(tuned(bits=4), rows((5, 9)), TrainSpec(max_steps=1), tmp_path)
     assert telemetry == []
 

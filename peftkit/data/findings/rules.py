@@ -6,6 +6,7 @@ the run, unless `data.accept` names it; a warning is told; a note stands in the 
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -152,3 +153,15 @@ _ALL = (
 )  # fmt: skip
 
 RULES: dict[str, Rule] = {rule.id: rule for rule in _ALL}
+
+
+def check_accepted(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The same names. Raises ValueError for one that is no rule, and for a rule that stops every run."""
+    for name in names:
+        if name not in RULES:
+            near = difflib.get_close_matches(name, RULES, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(RULES)}"
+            raise ValueError(f"the audit has no rule {name!r}{meant}")
+        if RULES[name].final:
+            raise ValueError(f"{name!r} cannot be accepted: {RULES[name].mend}")
+    return names

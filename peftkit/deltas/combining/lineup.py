@@ -149,12 +149,30 @@ class Lineup:
     """As in Deltas, without what one of the adapters parts."""
 
 
+def check_heads(parents: Sequence[Deltas]) -> None:
+    """Raise DeltaError for adapters with a task's head: heads are functions of what lies beneath them.
+
+    Two heads that began at the same numbers were trained over different ΔW; their mean over the combined ΔW is what
+    neither was trained for, and of different labels there is no mean.
+    """
+    with_head = [parent for parent in parents if parent.headed is not None and not parent.headed.answers]
+    if with_head:
+        said = ", ".join(f"{each.reference} (a {each.headed.head.kind} head)" for each in with_head if each.headed)
+        raise DeltaError(
+            f"heads of different adapters cannot be combined: {said}",
+            expected="adapters without a task's head, or one such adapter at its full weight",
+            hint="merge or serve each: peftkit merge NAME --out FOLDER, peftkit predict NAME FILE",
+        )
+
+
 def line_up(parents: Sequence[Deltas], weights: Sequence[float], how: How, base: Mapping[str, Dense]) -> Lineup:
     """Put the adapters' deltas side by side, tensor by tensor.
 
     Where one adapter parts head and embedding and another changes both as one, the other's change counts for both.
-    Raises DeltaError, naming all tensors, when two adapters give one another shape or source, or the base has it not.
+    Raises DeltaError, naming all tensors, when two adapters give one another shape or source, or the base has it not;
+    and for adapters with a task's head.
     """
+    check_heads(parents)
     how.check_weights(weights, len(parents))
     sources = _sources(parents, base)
     changes = [_changes(parent, sources) for parent in parents]

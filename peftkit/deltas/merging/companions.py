@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peftkit.backbone.headed import Headed
+from peftkit.backbone.heads import settings_of
+from peftkit.backbone.load import tokenizer_for
 from peftkit.base.dense import dense_tensors
 from peftkit.deltas.delta import Deltas
 from peftkit.deltas.merging.settings import MergeSettings
@@ -43,6 +46,8 @@ def merged_config(config: Mapping[str, Any], base: Path, deltas: Deltas, setting
         found["text_config"] = inner = dict(inner)
         parts.append(inner)
     rows = _vocabulary(config, base, deltas)
+    if deltas.headed is not None:
+        _give_head(found, parts, base, deltas.headed)
     for part in parts:
         if deltas.untied and (part is found or "tie_word_embeddings" in part):
             part["tie_word_embeddings"] = False
@@ -52,6 +57,16 @@ def merged_config(config: Mapping[str, Any], base: Path, deltas: Deltas, setting
             part.pop("torch_dtype", None)
             part["dtype"] = settings.dtype
     return found
+
+
+def _give_head(found: dict[str, Any], parts: list[dict[str, Any]], base: Path, headed: Headed) -> None:
+    """Let config.json name the class and the labels, as transformers looks for them."""
+    found["architectures"] = [headed.architecture]
+    found |= settings_of(headed.head, str(found.get("model_type")))
+    if headed.head.kind == "sequence":  # a causal model is scored at the last token that is not this one
+        pad = tokenizer_for(headed.head, base).pad_id
+        for part in parts:
+            part["pad_token_id"] = pad
 
 
 def _vocabulary(config: Mapping[str, Any], base: Path, deltas: Deltas) -> int | None:

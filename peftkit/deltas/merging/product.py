@@ -59,12 +59,14 @@ class Copied(Product):
     """A tensor whose bytes are the base's."""
 
     stored: Stored
+    name: str
+    """What it is called in the merged model."""
 
     @property
     def unit(self) -> Unit:
         """The base's own entry."""
         stored = self.stored
-        return Unit((Entry(stored.name, stored.dtype, stored.shape, stored.end - stored.start),))
+        return Unit((Entry(self.name, stored.dtype, stored.shape, stored.end - stored.start),))
 
     def jobs(self) -> Iterator[Job]:
         """A few MB at a time."""
@@ -74,6 +76,28 @@ class Copied(Product):
 
     def _piece(self, first: int, last: int) -> Piece:
         return Piece([self.stored.raw(first, last).data])
+
+
+@dataclass(frozen=True)
+class Given(Product):
+    """A tensor that the adapter brings and the base's files do not hold: of a task's head."""
+
+    name: str
+    values: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def unit(self) -> Unit:
+        """One tensor."""
+        return Unit((entry(self.name, self.dtype, tuple(self.values.shape)),))
+
+    def jobs(self) -> Iterator[Job]:
+        """All of it: a head is small."""
+        yield self._piece
+
+    def _piece(self) -> Piece:
+        found = round_once(self.values.detach().double().reshape(-1), self.dtype)
+        return Piece([to_bytes(found)])
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class MergeReceipt:
     """For each tensor that has a delta."""
     forms: Mapping[str, str]
     """Tensor → its kind of delta and what it is written as: `LoRA in nf4`."""
+    head: Mapping[str, Any] | None = None
+    """The head of a task: its labels, the tensors that it added, and those of the base that it left no place for."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """`sha256` and `bytes` of every file that was written, this receipt's left out."""
     model: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -87,6 +89,7 @@ class MergeReceipt:
             groups={form: kept.figures() for form, kept in self.groups.items()},
             tensors={name: kept.figures() for name, kept in sorted(self.tensors.items())},
             model=self.model,
+            head=self.head,
             recommended=origin.recommended,
             files=dict(sorted(self.files.items())),
         )
@@ -116,7 +119,10 @@ class MergeReceipt:
 
 def digest_of(deltas: Deltas) -> str:
     """SHA-256 over every tensor's delta: kind, shapes, dtypes and bytes of its parts."""
-    return digest_json({name: _plain(delta) for name, delta in deltas.changes.items()} | {"": dict(deltas.sources)})
+    parts: dict[str, Any] = {name: _plain(delta) for name, delta in deltas.changes.items()}
+    if deltas.headed is not None:
+        parts["+"] = [deltas.headed.record(), _plain(dict(deltas.added))]
+    return digest_json(parts | {"": dict(deltas.sources)})
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from peftkit.base.dense import Dense, EightBit, FourBit, dense_tensors
 from peftkit.base.raw import Stored
 from peftkit.deltas.delta import Deltas
 from peftkit.deltas.merging.layout import NAMES, TORCH
-from peftkit.deltas.merging.product import Copied, Product, Rounded
+from peftkit.deltas.merging.product import Copied, Given, Product, Rounded
 from peftkit.deltas.merging.requantized import Requantized, RowMajor
 from peftkit.deltas.merging.settings import MergeSettings
 from peftkit.deltas.merging.weight import Weight
@@ -43,19 +43,25 @@ def products(task: Task) -> list[Product]:
     upload = any(not isinstance(tensor, Stored) for tensor in dense.values())
     _check_base(task, upload)
     _check_names(task.deltas, dense)
+    _check_head(task)
     simulated = _simulated(task, upload, dense)
     merged = dict(dense) | {name: dense[source] for name, source in task.deltas.sources.items()}
     written = _written_form(task.settings)
     packed = converted_weights(task.merged_config, written, merged) if written else {}
-    found: list[Product] = []
+    headed, found = task.deltas.headed, list[Product]()
     for name in sorted(merged, key=lambda name: (*_position(merged[name]), name)):
+        written_as = headed.files.get(name) if headed else name
+        if written_as is None:  # a language head, which the task's model has no place for
+            continue
         form, transposed = simulated.get(name, (None, False))
-        weight = Weight(name, merged[name], task.deltas.changes.get(name), form, transposed or packed.get(name, False))
+        transposed = transposed or packed.get(name, False)
+        weight = Weight(written_as, merged[name], task.deltas.changes.get(name), form, transposed)
         if name in packed and written:
             found += _in_few_bits(weight, written, task)
         else:
             found.append(_plain(weight, task))
-    return found
+    added = task.deltas.added
+    return [*found, *(Given(name, added[name], _dtype_of(added[name], task)) for name in sorted(added))]
 
 
 def written_config(task: Task) -> dict[str, Any]:
@@ -68,8 +74,8 @@ def written_config(task: Task) -> dict[str, Any]:
 def _plain(weight: Weight, task: Task) -> Product:
     dense = weight.dense
     same = dense.dtype not in TORCH or TORCH[dense.dtype] == _dtype(weight, task)
-    if isinstance(dense, Stored) and same and not weight.delta and not weight.simulate and weight.name == dense.name:
-        return Copied(dense)
+    if isinstance(dense, Stored) and same and not weight.delta and not weight.simulate:
+        return Copied(dense, weight.name)
     if dense.dtype not in TORCH:
         raise DeltaError(f"{weight.name} is stored as {dense.dtype}", expected="one of " + ", ".join(TORCH))
     weight.source()  # checks shapes and bytes
@@ -98,6 +104,12 @@ def _dtype(weight: Weight, task: Task) -> torch.dtype:
     return TORCH[weight.dense.dtype]
 
 
+def _dtype_of(values: torch.Tensor, task: Task) -> torch.dtype:
+    """What the output holds a tensor of a head in."""
+    kept = task.settings.dtype == "keep"
+    return values.dtype if kept else getattr(torch, task.settings.dtype)
+
+
 def _position(dense: Dense) -> tuple[str, int]:
     stored = dense.packed if isinstance(dense, FourBit) else dense.rows if isinstance(dense, EightBit) else dense
     return (str(stored.path), stored.start) if isinstance(stored, Stored) else ("", 0)
@@ -113,6 +125,7 @@ def _simulated(task: Task, upload: bool, dense: Mapping[str, Dense]) -> dict[str
     """The linear weights that training saw quantized, with how, and whether the file has them transposed."""
     if task.settings.onto == "original" or upload:
         return {}
+    head = task.deltas.headed.head if task.deltas.headed else None
     form = Format.of_record(task.trained_on or {})
     if form is None:
         bits = (task.trained_on or {}).get("bits")
@@ -122,7 +135,9 @@ def _simulated(task: Task, upload: bool, dense: Mapping[str, Dense]) -> dict[str
             expected="an adapter trained on 4 or 8 bits",
             hint="choose --onto original",
         )
-    return {name: (form, turned) for name, turned in converted_weights(task.config, form, dense).items()}
+    files = task.deltas.headed.files if task.deltas.headed else {name: name for name in dense}
+    own = {name: file for file, name in files.items()}
+    return {own[name]: (form, turned) for name, turned in converted_weights(task.config, form, own, head).items()}
 
 
 def _check_base(task: Task, upload: bool) -> None:
@@ -142,9 +157,28 @@ def _check_base(task: Task, upload: bool) -> None:
         )
 
 
+def _check_head(task: Task) -> None:
+    """Raise DeltaError for what a model with a task's head cannot be written as."""
+    headed = task.deltas.headed
+    if headed is None or headed.answers:
+        return
+    if task.settings.quantize:
+        raise DeltaError(
+            f"{task.deltas.reference} has a {headed.head.kind} head, and --quantize {task.settings.quantize} is for "
+            "models with a language head",
+            expected="16 or 32 bits",
+            hint="leave --quantize out; quant.bits=4 quantizes the merged model whenever it is loaded",
+        )
+    if homeless := sorted(task.deltas.changes.keys() - headed.files.keys()):
+        raise DeltaError(
+            f"{task.deltas.reference} changes {homeless[0]}, and a model with a {headed.head.kind} head has none",
+            expected="changes of tensors that the model has",
+        )
+
+
 def _check_names(deltas: Deltas, dense: Mapping[str, Dense]) -> None:
     """Every delta must have its tensor and finite numbers, before anything is written."""
-    if not deltas.changes:
+    if not deltas.changes and not deltas.added:
         raise DeltaError(f"{deltas.reference} changes nothing", expected="a delta of one tensor or more")
     for name, source in deltas.sources.items():
         if source not in dense or name in dense:

@@ -55,6 +55,7 @@ def preview(
         if found:
             seen.append(look(name, found, parents, weights, seed=seed, sample=sample))
         report(Progress(done, {}))
+    missing += [_new(parent, name) for parent in parents for name in sorted(parent.added)]
     return _whole(seen, parents, weights, ranks, missing)
 
 
@@ -97,6 +98,12 @@ def _not_shown(parent: Deltas, name: str, delta: Delta, reason: str) -> NotShown
     if norm is None:
         reason += ", and its ΔW depends on the base"
     return NotShown(parent.reference, name, delta.kind, reason, norm)
+
+
+def _new(parent: Deltas, name: str) -> NotShown:
+    """A tensor of a task's head that the base does not have: there is no ΔW of it."""
+    norm = float(torch.linalg.vector_norm(parent.added[name].double()))
+    return NotShown(parent.reference, name, "a new tensor", "the base has none: it is the head's", norm)
 
 
 def _whole(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from peftkit.backbone.headed import Headed
 from peftkit.base.dense import Dense
 from peftkit.deltas.delta import Delta, Deltas, LowRank, Place
 from peftkit.deltas.reading.kinds import After, Replaced
@@ -29,17 +30,20 @@ class Checkpoint:
         tensors: Mapping[str, torch.Tensor],
         base: Mapping[str, Dense],
         base_config: Mapping[str, Any],
+        headed: Headed | None = None,
     ) -> None:
         self.reference = reference
         self.config = config
         self.base = base
-        self.names = Names(base, base_config)
+        self.headed = headed
+        self.names = Names(base, base_config, headed)
         self._left = dict(tensors)
         self._under: dict[str, tuple[Place, Replaced]] = {}
         self._changes: dict[str, Delta] = {}
         self._places: dict[str, Place] = {}
         self._sources: dict[str, str] = {}
         self._with_head = False
+        self._added: dict[str, torch.Tensor] = {}
 
     @property
     def left(self) -> list[str]:
@@ -109,6 +113,22 @@ class Checkpoint:
             self._sources[site.tensor] = site.source
         self._with_head |= with_head
 
+    def brings(self, name: str, values: torch.Tensor) -> bool:
+        """Whether a tensor is one of a task's head that the base's files do not hold; it is noted then.
+
+        Raises DeltaError where it has another shape than the head.
+        """
+        shape = self.headed.absent.get(name) if self.headed else None
+        if shape is None:
+            return False
+        if tuple(values.shape) != shape:
+            raise DeltaError(
+                f"{self.reference} has {name} of shape {tuple(values.shape)}, and the head it was trained with {shape}",
+                expected="one output for each label that its manifest names",
+            )
+        self._added[name] = values
+        return True
+
     def refuse(self, what: str, why: str) -> DeltaError:
         """The error for a method or setting whose ΔW is not a fixed change of the base, or not known exactly."""
         return DeltaError(
@@ -152,11 +172,23 @@ class Checkpoint:
         for tensor, (place, delta) in self._under.items():
             if tensor not in own:
                 self._changes[tensor], self._places[tensor] = delta, place
-        if not self._changes:
+        self._check_head()
+        if not self._changes and not self._added:
             raise DeltaError(f"{self.reference} changes no tensor of the base", expected="at least one")
         self._part_head(own)
         self._check_vocabulary()
-        return Deltas(self.reference, self._changes, self._places, self._sources, self._shared())
+        shared = self._shared()
+        return Deltas(self.reference, self._changes, self._places, self._sources, shared, self.headed, self._added)
+
+    def _check_head(self) -> None:
+        """Raise DeltaError where the files of an adapter lack a part of its head."""
+        lost = sorted((self.headed.absent if self.headed else {}).keys() - self._added.keys())
+        if lost:
+            raise DeltaError(
+                f"{self.reference} lacks {', '.join(lost[:3])}: the base has no such tensor either",
+                expected="every tensor of the head that it was trained with",
+                hint="train it again, or take another version (peftkit log NAME)",
+            )
 
     def _shared(self) -> dict[str, Place]:
         """The embedding, where it is changed and stays the head too."""

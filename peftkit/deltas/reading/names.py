@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peftkit.backbone.headed import Headed
 from peftkit.base.dense import Dense
 from peftkit.deltas.delta import Layer, Place
 from peftkit.errors import DeltaError
@@ -63,13 +64,19 @@ class Site:
 class Names:
     """The base's tensors under the names that PEFT gives modules."""
 
-    def __init__(self, base: Mapping[str, Dense], config: Mapping[str, Any]) -> None:
+    def __init__(self, base: Mapping[str, Dense], config: Mapping[str, Any], headed: Headed | None = None) -> None:
+        self._files = {name: file for file, name in headed.files.items()} if headed else {}
         self._base = base
         self._modules = Base({name: dense.shape for name, dense in base.items()}, {})
         text = config.get("text_config")
         inner = text if isinstance(text, dict) else {}
         self._types = {str(config.get("model_type")), str(inner.get("model_type"))}
-        self._tied = _may_be_tied(config, inner) and not any(name.removesuffix(".weight") in HEADS for name in base)
+        own_head = headed is not None and not headed.answers  # the language head is gone, and with it the tie
+        self._tied = (
+            not own_head
+            and _may_be_tied(config, inner)
+            and not any(name.removesuffix(".weight") in HEADS for name in base)
+        )
         self.encoder_decoder = bool(config.get("is_encoder_decoder"))
         """Whether the model has two embeddings, which tying shares among more than a head."""
 
@@ -89,6 +96,8 @@ class Names:
         """The parameter of a module. Raises DeltaError when the base's files have no such tensor."""
         own = self._modules.module(module)
         tensor = f"{own}.{parameter}" if own else f"{module}.{parameter}"
+        if file := self._files.get(f"{module}.{parameter}"):
+            own, tensor = module, file
         by_name = own in (module, module.partition(".")[2], f"model.{module}")
         if tensor not in self._base or not (by_name or tensor == self.embedding):
             raise DeltaError(

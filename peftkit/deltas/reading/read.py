@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from peftkit.backbone.headed import Headed, headed
 from peftkit.base.dense import Dense, dense_tensors
+from peftkit.base.head import Head
 from peftkit.base.record import plain
 from peftkit.base.ref import read_config
 from peftkit.deltas.delta import Deltas
@@ -20,6 +22,7 @@ from peftkit.deltas.reading.oft import read_oft
 from peftkit.deltas.reading.saved import read_saved, read_tensors, read_trainable_tokens, read_under
 from peftkit.deltas.reading.scaled import read_beft, read_hira, read_ia3, read_ln_tuning
 from peftkit.errors import DeltaError
+from peftkit.tuning.attach import head_of
 from peftkit.tuning.stored import Stored
 
 READERS: dict[str, Callable[[Checkpoint], None]] = {
@@ -61,15 +64,17 @@ def read_deltas(
     tensors: Mapping[str, torch.Tensor],
     base: Mapping[str, Dense],
     base_config: Mapping[str, Any],
+    under: Headed | None = None,
 ) -> Deltas:
     """All that an adapter does to a base, by the names and in the orientation of the base's files.
 
-    `config` is adapter_config.json (empty for kind `tensors`), `base_config` the base's config.json. Factors stay in
+    `config` is adapter_config.json (empty for kind `tensors`), `base_config` the base's config.json, `under` the
+    head of a task that it was trained with. Factors stay in
     the dtypes they are stored in. Raises DeltaError, naming method or setting, for what has no exact ΔW, for a tensor
     that no reader knows, and for one that does not fit the base. Formulas and shapes are those of peft 0.21.2.
     """
     _check_finite(reference, tensors)
-    checkpoint = Checkpoint(reference, config, tensors, base, base_config)
+    checkpoint = Checkpoint(reference, config, tensors, base, base_config, under)
     if kind == "tensors":
         read_tensors(checkpoint)
         return checkpoint.deltas()
@@ -94,7 +99,17 @@ def deltas_of(stored: Stored, folder: Path) -> Deltas:
     manifest = stored.version.manifest
     kind: Literal["peft", "tensors"] = "peft" if manifest.kind == "peft" else "tensors"
     base, base_config = dense_tensors(folder), read_config(folder)
-    return read_deltas(stored.version.reference, kind, stored.config, stored.tensors, base, base_config)
+    under = headed_base(head_of(stored.version), folder, base, base_config)
+    return read_deltas(stored.version.reference, kind, stored.config, stored.tensors, base, base_config, under)
+
+
+def headed_base(
+    head: Head | None, folder: Path, base: Mapping[str, Dense], base_config: Mapping[str, Any]
+) -> Headed | None:
+    """How the files of a base lie under a task's head; None for the language head. Raises BackboneError."""
+    if head is None:
+        return None
+    return headed(head, base_config, {name: tuple(dense.shape) for name, dense in base.items()}, str(folder))
 
 
 def _check_finite(reference: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -43,8 +43,10 @@ def read_saved(checkpoint: Checkpoint) -> None:
     for name in checkpoint.left:
         module, _, parameter = name.removeprefix(PREFIX).rpartition(".")
         if name.startswith(PREFIX) and _is_saved(checkpoint.config, name):
-            site = checkpoint.site(module, parameter)
             values = checkpoint.take(module, parameter)
+            if checkpoint.brings(f"{module}.{parameter}", values):
+                continue
+            site = checkpoint.site(module, parameter)
             checkpoint.add(site, checkpoint.replaced(site, values))
 
 
@@ -63,6 +65,8 @@ def read_tensors(checkpoint: Checkpoint) -> None:
     headed = any(name.removesuffix(".weight") in HEADS for name in given)
     for name in given:
         values = checkpoint.take_named(name)
+        if values is not None and checkpoint.brings(name, values):
+            continue
         module, _, parameter = name.rpartition(".")
         site = checkpoint.names.site(module, parameter)
         if values is None or tuple(values.shape) != site.shape:

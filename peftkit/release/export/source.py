@@ -17,6 +17,7 @@ from peftkit.release.base_of import base_of
 from peftkit.release.export.capabilities import Features, features_of
 from peftkit.release.recommend import needs_choice
 from peftkit.release.repaired import repairs
+from peftkit.tuning.attach import head_of
 from peftkit.tuning.stored import Stored, read
 
 
@@ -58,14 +59,28 @@ def open_source(
 ) -> Source:
     """Read a version and find its base: `base` where it is given, else the one that the manifest names.
 
-    Raises AdapterDamaged, BaseError, BaseMismatch for another base, and DeltaError for what has no exact ΔW.
+    Raises AdapterDamaged, BaseError, BaseMismatch for another base, and DeltaError for what has no exact ΔW or a
+    task's head.
     """
     stored = read(registry.resolve(reference))
+    _check_answers(stored.version)
     found = base_of(stored.version, cache, base, report).located
     deltas = _deltas(stored, found.folder)
     quantized, repaired = needs_choice(stored.version), repairs(registry, [stored.version]) is not None
     features = features_of(deltas, stored.config, quantized=quantized, repaired=repaired)
     return Source(stored, found, deltas, features)
+
+
+def _check_answers(version: Version) -> None:
+    """Raise DeltaError for an adapter of a task: the engines hold language models, and would lose its head."""
+    head = head_of(version)
+    if head is not None:
+        raise DeltaError(
+            f"{version.reference} has a {head.kind} head, and exports for engines are of language models",
+            expected="an adapter with a language head",
+            hint=f"peftkit export {version.name} --out FOLDER writes it as it is stored, head included, for PEFT and "
+            f"peftkit; peftkit merge {version.name} --out FOLDER writes a model for transformers",
+        )
 
 
 def _deltas(stored: Stored, folder: Path) -> Deltas:

@@ -1,4 +1,7 @@
-"""Which shortcuts a run's passes take: each is tried on a few made-up rows first, and taken when it changes nothing.
+"""How the rows of a run go through the model, and which shortcuts are taken on the way.
+
+Each shortcut is tried on a few made-up rows first, and taken when it changes nothing. Rows of another kind (a task's,
+or pairs of answers) have a subclass of `Paths`, which lays them out, counts and scores them in its own way.
 
 Whether a model can be called with rows laid flat, and what it does to its head's output, is not looked up by its name:
 its plain pass says what is right. Rows are flat only where each row's states are those of the row on its own, and do
@@ -8,17 +11,18 @@ not move when the row before it is another one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 
 from peftkit.backbone.quiet import quiet
+from peftkit.data.chat import IGNORED
 from peftkit.errors import OutOfMemory
 from peftkit.events import Decision, Report, silent
-from peftkit.generation.forward import Labelled, autocast, pad
+from peftkit.generation.forward import Labelled, autocast, pad, row_nll
 from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.passes.flat import (
     attends_by_row,
@@ -29,9 +33,14 @@ from peftkit.training.passes.flat import (
 )
 from peftkit.training.passes.head import Head, amplified, states_before
 from peftkit.training.passes.split import split
+from peftkit.training.regularize.losses import TokenLoss
+from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.spec import TrainSpec
 from peftkit.tuning.fused import fused_lora
 from peftkit.tuning.tuned import Tuned
+
+Loss = Callable[[Any, dict[str, Any], Any], tuple[torch.Tensor, torch.Tensor]]
+"""(model, batch, paths) → what is minimized and what is shown: 0-dim sums over what a step counts."""
 
 _LENGTHS = (5, 11, 8)
 _CLOSE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -66,11 +75,48 @@ class Paths:
         ways = {"rows without padding": self.flat, rows: bool(rows), "LoRA fused": self.fused}
         return [name for name, taken in ways.items() if taken]
 
+    def of(self, part: Tuned) -> Self:
+        """The same for a part of the model that has modules of its own, such as what is above a cached trunk."""
+        if self.head is None:
+            return self
+        return replace(self, head=replace(self.head, module=part.inner.get_output_embeddings()))
+
     @contextmanager
     def around(self, model: Any) -> Iterator[None]:
         """What holds during all forward and backward passes of a step."""
         with fused_lora(model) if self.fused else nullcontext():
             yield
+
+    def counted(self, rows: Sequence[Any]) -> int:
+        """What the loss of these rows is a sum over, and a step's is divided by: their answer tokens."""
+        return sum(label != IGNORED for row in rows for label in row.labels[1:])
+
+    def prepared(
+        self,
+        model: Any,
+        rows: Sequence[Any],
+        tokens: int,
+        *,
+        pad_id: int,
+        device: torch.device,
+        forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> Sequence[Any]:
+        """All rows of a step with what no micro-batch of it can know alone: nothing, of answers."""
+        return rows
+
+    def begin(self, model: Any) -> None:
+        """Put the model into training mode; called before every step."""
+        model.train()
+
+    def loss(self, spec: RegularizeSpec) -> Loss:
+        """What a batch of `laid` is scored by: the NLL of its answer tokens, with the regularizers of losses."""
+        return TokenLoss(spec.label_smoothing, spec.r_drop)
+
+    def measure(
+        self, model: Any, rows: Sequence[Any], *, pad_id: int, device: torch.device, batch_size: int
+    ) -> list[float]:
+        """The summed loss of each row without gradients, in the order of `rows`."""
+        return row_nll(model, rows, pad_id=pad_id, device=device, batch_size=batch_size)
 
     def lays_flat(self, length: int) -> bool:
         """Whether a row of this length is laid flat."""
@@ -103,6 +149,9 @@ class Paths:
             yield lay_flat(rows, device, starts_on=place_of_starts(inner, device))
 
 
+Found = TypeVar("Found", bound=Paths)
+
+
 def find_paths(
     tuned: Tuned, *, rows_as_batch: bool = False, logits: bool = False, sharded: bool = False, report: Report = silent
 ) -> Paths:
@@ -114,7 +163,7 @@ def find_paths(
     virtual: int = getattr(tuned.model, "virtual_tokens", False)
     if sharded or virtual:
         why = "FSDP gathers weights as the model calls its modules" if sharded else "virtual tokens stand before rows"
-        return _told(Paths(virtual_tokens=int(virtual), reasons=(why,)), report)
+        return told(Paths(virtual_tokens=int(virtual), reasons=(why,)), report)
     mode = tuned.model.training
     tuned.model.eval()
     try:
@@ -134,7 +183,7 @@ def find_paths(
         found = replace(found, head=None, reasons=(*found.reasons, "the loss compares whole distributions"))
     with fused_lora(tuned.model) as layers:
         found = replace(found, fused=layers > 0)
-    return _told(found, report)
+    return told(found, report)
 
 
 def side_by_side(spec: TrainSpec) -> bool:
@@ -151,13 +200,6 @@ def paths_for(tuned: Tuned, spec: TrainSpec, *, sharded: bool = False, report: R
         sharded=sharded,
         report=report,
     )
-
-
-def paths_of(found: Paths, part: Tuned) -> Paths:
-    """The same shortcuts for a part of the model that has modules of its own, such as what is above a cached trunk."""
-    if found.head is None:
-        return found
-    return replace(found, head=replace(found.head, module=part.inner.get_output_embeddings()))
 
 
 @dataclass(frozen=True)
@@ -276,7 +318,8 @@ def _line(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0][:120]
 
 
-def _told(found: Paths, report: Report) -> Paths:
+def told(found: Found, report: Report) -> Found:
+    """Say which shortcuts are taken, and why others are not."""
     report(
         Decision(
             "passes", ", ".join(found.names) or "the model's own", "; ".join(found.reasons) or "tried: same results"

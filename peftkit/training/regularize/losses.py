@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from peftkit.data.chat import IGNORED
 from peftkit.generation.forward import label_logits, token_nll
 from peftkit.training.passes.head import states_at_labels, summed_loss
-from peftkit.training.passes.paths import Paths
+
+if TYPE_CHECKING:
+    from peftkit.training.passes.paths import Paths
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,18 @@ class TokenLoss:
         return loss / 2 + self.r_drop * apart, nll.detach() / 2
 
 
-def smoothed(log_p: torch.Tensor, targets: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def smoothed(
+    log_p: torch.Tensor, targets: torch.Tensor, epsilon: float, among: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Σ (1 - ε) · CE + ε · mean(-log p), and Σ CE, over the targets that are not IGNORED.
 
-    `log_p` has the shape (rows, n, vocabulary), `targets` (rows, n). Szegedy et al. 2016, section 7.
+    `log_p` has the shape (rows, n, vocabulary), `targets` (rows, n); `among`, a mask that broadcasts to `log_p`, says
+    which classes a row has, and log p of the others is 0. Szegedy et al. 2016, section 7.
     """
     answers = targets != IGNORED
     nll = -log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * answers
-    uniform = -log_p.mean(dim=-1) * answers
-    return ((1 - epsilon) * nll + epsilon * uniform).sum(), nll.detach().sum()
+    mean = log_p.mean(dim=-1) if among is None else log_p.sum(dim=-1) / among.sum(dim=-1)
+    return ((1 - epsilon) * nll - epsilon * mean * answers).sum(), nll.detach().sum()
 
 
 def symmetric_kl(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from peftkit.events import Decision
 from peftkit.generation.forward import pad
 from peftkit.training.passes import paths as paths_module
 from peftkit.training.passes.head import Head, amplified, states_before
-from peftkit.training.passes.paths import Paths, find_paths, paths_for, paths_of
+from peftkit.training.passes.paths import Paths, find_paths, paths_for
 from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step
@@ -288,9 +288,9 @@ def test_the_head_of_a_part_is_its_own() -> None:
     tuned, other = adapted(tiny("LlamaForCausalLM")), adapted(tiny("LlamaForCausalLM"))
     found = find_paths(tuned)
     assert found.head is not None
-    part = paths_of(found, other)
+    part = found.of(other)
     assert part.head == replace(found.head, module=other.inner.lm_head)
-    assert paths_of(Paths(), other) == Paths()
+    assert Paths().of(other) == Paths()
 
 
 def test_the_default_is_the_plain_way() -> None:

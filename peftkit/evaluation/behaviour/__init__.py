@@ -1,0 +1,1 @@
+"""How base and adapter behave on a few fixed prompts: refusals, formats, languages, and what they give away."""

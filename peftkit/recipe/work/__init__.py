@@ -1,0 +1,5 @@
+"""What a kind of rows does at each of a run's verbs: conversations, tasks, preferences."""
+
+from peftkit.recipe.work.kinds import Work, work_for
+
+__all__ = ["Work", "work_for"]
