@@ -235,6 +235,8 @@ def _interval(each: Summary, key: str) -> str:
 
 def _score(each: Summary) -> str:
     mean, count = each.figures.get("after.score.mean"), each.figures.get("after.score.n")
+    if mean is None and each.metric and f"after.{each.metric}.point" in each.figures:  # of a task
+        return f"{each.metric} {_interval(each, f'after.{each.metric}')}"
     if mean is None:
         return "not measured"
     return f"{each.metric or 'score'} {mean:.2f}" + (f" on {count:.0f} rows" if count is not None else "")

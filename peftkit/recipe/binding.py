@@ -70,6 +70,11 @@ class Binding:
             }
         )
 
+    def work(self, besides: dict[str, Any]) -> None:
+        """Bind to what the result depends on besides."""
+        if besides:
+            self._bind(besides={name: repr(value) for name, value in besides.items()})
+
     def _bind(self, **groups: dict[str, Any]) -> None:
         from peftkit.training.bound import refuse_differences
 

@@ -32,8 +32,13 @@ def base_fields(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def trained_fields(tuned: Tuned, recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says about an adapter that a recipe has trained: on which base, how, from what."""
+def trained_fields(
+    tuned: Tuned, recipe: Recipe, settings: Mapping[str, Any], besides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a manifest says about an adapter that a recipe has trained: on which base, how, from what.
+
+    `besides` goes with the adapter's settings: a teacher, how images become numbers.
+    """
     return {
         "kind": tuned.kind,
         "base": base_fields(tuned.backbone),
@@ -41,6 +46,7 @@ def trained_fields(tuned: Tuned, recipe: Recipe, settings: Mapping[str, Any]) ->
             **tuned.spec.record(),
             "trainable_parameters": tuned.trainable_parameters,
             **({"head": tuned.backbone.head.record()} if tuned.backbone.head is not None else {}),
+            **(besides or {}),
         },
         "recipe": {
             "name": recipe.name,

@@ -18,6 +18,7 @@ from peftkit.recipe.groups import Groups, groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.target import Target
 from peftkit.recipe.to_train import groups_to_train
+from peftkit.recipe.work import check_planned
 from peftkit.registry.store import Registry
 
 
@@ -37,6 +38,7 @@ def outlook(
     DataError for rows that cannot be used, TrainingError when nothing fits, and what a run refuses before it loads.
     """
     given = groups_to_train(resolved, registry)
+    check_planned(given.data)
     located = locate(given.base, cache, report, weights=False)
     config = read_config(located.folder)
     agree_with_upload(given.quant, config, located.source)
@@ -52,7 +54,7 @@ def outlook(
 
 def _lengths(given: Groups, folder: Path, cache: Path, report: Report) -> Lengths:
     limit = longest_sequence(read_config(folder))
-    if given.data.train is None:
+    if given.data.train is None and not given.data.mixture:
         lengths = Lengths.assumed(given.data.max_length)
         why = "data.max_length" if given.data.max_length else "no data.train and no data.max_length"
         report(Note(f"rows are taken to have {lengths.longest:,} tokens ({why})"))

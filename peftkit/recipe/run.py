@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit.config import Resolved, Spec, dump_yaml
-from peftkit.errors import ConfigError, OutOfMemory, RunError, TrainingError
+from peftkit.errors import OutOfMemory, RunError, TrainingError
 from peftkit.events import Note, Report, Warned, silent
 from peftkit.plain import as_utf8
 from peftkit.process_group import launched
@@ -105,14 +105,10 @@ class Run:
         from peftkit.recipe.fitting import fitted, known_shape
         from peftkit.recipe.target import this_machine
         from peftkit.recipe.to_train import groups_to_train
-        from peftkit.recipe.work import work_for
+        from peftkit.recipe.work import check_planned
 
         given = groups_to_train(self.resolved, self.registry, resumed=self.start is not None)
-        if not work_for(given.data).plans:
-            raise ConfigError(
-                ["--budget: the memory of a run with a task's head or pairs of answers is probed, not planned"],
-                hint="leave --budget out; data.max_length and train.per_device_train_batch_size make a run smaller",
-            )
+        check_planned(given.data)
         self.target = this_machine(given.quant, budget)
         lengths = lengths_of(self.audit(given.base, given.data), given)
         shape = known_shape(self._located)
@@ -156,6 +152,7 @@ class Run:
         tuned = load_tuned(what, base, self._located, rows, self.cache, **options)
         if self.binding is not None:
             self.binding.base(tuned.backbone)
+            self.binding.work(work.besides())
         if self.start is None and not launched().sharded:  # what FSDP would spread is still whole, and not in place
             ahead.probe(tuned, plan, work.paths(self._place(), tuned, data, train))
         if self.folder is None:
@@ -244,7 +241,7 @@ class Run:
         name, backbone, (data, work) = save_as or default_name(self.recipe), tuned.backbone, self._audited()
         measured, training = comparison.figures(), {k: v for k, v in self.figures.items() if k == "training"}
         fields = {
-            **trained_fields(tuned, self.recipe, self.resolved.as_dict()),
+            **trained_fields(tuned, self.recipe, self.resolved.as_dict(), work.besides()),
             "run": self._folder().id,
             "data": [data.train.record(), data.held_out.record(), *work.sources(comparison)],
             "metrics": {**measured, "other": {**measured["other"], **training}},

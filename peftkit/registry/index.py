@@ -134,8 +134,9 @@ def summarize(version: Version) -> Summary:
     """The summary of a version, without aliases."""
     manifest = version.manifest
     method = manifest.adapter.get("method")
-    score = manifest.metrics.after.get("score")
-    metric = score.get("metric") if isinstance(score, dict) else None
+    after = manifest.metrics.after
+    score = after.get("score")
+    metric = score.get("metric") if isinstance(score, dict) else after.get("metric")
     return Summary(
         name=version.name,
         id=version.id,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,9 @@ def test_a_recipe_runs_whole(
     assert SECRET not in text
     assert manifest.adapter["head"]["kind"] in ("sequence", "token", "span", "image")
     assert main(["verify"]) == 0
+    capfd.readouterr()
+    assert main(["list"]) == 0
+    assert result.figures["objective"]["name"] in capfd.readouterr().out
     rows, out = write_rows(tmp_path, name, 6, seed=1), tmp_path / "out.jsonl"
     asked = rows
     if name == "image_classification":  # what is to be predicted lies in one folder
@@ -138,6 +142,21 @@ def test_a_recipe_runs_whole(
     assert len(records) == 6
     assert all("value" in record["predictions"]["task"] for record in records)
     assert main(["eval", "task", "--data", str(rows), "--json", "--set", "resamples=100"]) == 0, capfd.readouterr()
+
+
+def test_images_that_are_prepared_in_another_way_are_refused(
+    go: Go, bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "resnet"
+    shutil.copytree(bases["resnet"], base)
+    convolutions = "adapter.target_modules=[convolution]"
+    kept = version_of(go("image_classification", base, "quant.bits=32", "save_as=signs", convolutions))
+    assert kept.manifest.adapter["pixels"]
+    file = base / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": [0.1, 0.2, 0.3]}))
+    rows = write_rows(tmp_path, "image_classification", 6, seed=1)
+    assert main(["eval", "signs", "--data", str(rows), "--set", "resamples=100"]) == 1
+    assert "was trained on images prepared as" in capfd.readouterr().err
 
 
 def stopping(step: int) -> Callable[[Event], None]:
@@ -202,8 +221,9 @@ def test_going_on_keeps_the_labels(go: Go, bases: dict[str, Path], tmp_path: Pat
 
 
 def test_a_budget_is_refused_and_a_dry_run_leaves_nothing(go: Go, bases: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="--budget: the memory of a run with a task's head"):
+    with pytest.raises(ConfigError, match="are probed, and not planned"):
         go("text_classification", bases["bert"], budget="1GB")
+    assert main(["plan", "text_classification", f"base={bases['bert']}"]) == 1
     before = len(list_runs(locations.runs_root().path))
     assert go("text_classification", bases["bert"], dry_run=True).saved_as is None
     assert len(list_runs(locations.runs_root().path)) == before

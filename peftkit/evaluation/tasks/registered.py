@@ -93,6 +93,7 @@ def predict_rows(
     data = read_rows(spec, source, labelled=False, report=report)
     report(Note(f"{data.source}: {len(data.rows):,} rows; {data.reason}"))
     examples, _, pixels = _encoded(data, backbone, spec, report, labelled=False)
+    _check_pixels(pixels, versions)
     found = {}
     for name in names_for(versions):
         with host.using(name) as model:
@@ -111,6 +112,7 @@ def evaluate_tasks(
     data = read_rows(spec, source, report=report)
     check_rows(backbone.head, data.rows, data.source, "the adapter's training rows")
     examples, lost, pixels = _encoded(data, backbone, spec, report, labelled=True)
+    _check_pixels(pixels, versions)
     held = TaskPart("held_out", data.source, data.sha256, data.rows, examples, dropped=lost)
     if measure.baselines:
         report(Note("baselines learn from training rows, and there are none here: the run that trained it has them"))
@@ -127,6 +129,20 @@ def write_predictions(predicted: Predicted, out: Path) -> None:
     """Write one JSON line per row; the file is there whole or not at all."""
     lines = [json.dumps(record, ensure_ascii=False) for record in predicted.records()]
     replace_file(out, "".join(f"{line}\n" for line in lines))
+
+
+def _check_pixels(pixels: Pixels | None, versions: Sequence[Version]) -> None:
+    """Raise DataError where images become other numbers today than when a version was trained."""
+    now = json.loads(json.dumps(pixels.record())) if pixels is not None else None
+    for version in versions:
+        then = version.manifest.adapter.get("pixels")
+        if then is not None and then != now:
+            raise DataError(
+                f"{version.reference} was trained on images prepared as {json.dumps(then)}, and this base prepares "
+                f"them as {json.dumps(now)}",
+                expected="the preprocessor_config.json that it was trained with",
+                hint="put it back into the base's folder",
+            )
 
 
 def _encoded(

@@ -14,7 +14,7 @@ from peftkit.data.audit import Audit, DataSpec, audit
 from peftkit.evaluation.held_out import Comparison
 from peftkit.evaluation.preflight import preflight
 from peftkit.evaluation.spec import EvaluateSpec
-from peftkit.events import Report
+from peftkit.events import Report, Warned
 from peftkit.recipe.keeping import keep_json
 from peftkit.recipe.showing import report_comparison
 from peftkit.recipe.work.kinds import Place
@@ -53,8 +53,14 @@ class Conversations:
         """Load the teacher, where the recipe distils one."""
         if isinstance(way, DistilSpec):
             registry = place.registry
+            fact = "the plan does not count the teacher: neither its weights, nor its pass over every row"
+            place.report(Warned(fact, "distil.teacher_bits=4 holds another base in few bits"))
             self._distil = way
             self._teacher = teacher_of(way, backbone, place.cache, registry=registry, report=place.report)
+
+    def besides(self) -> dict[str, Any]:
+        """The teacher."""
+        return {"teacher": self._teacher.record()} if self._teacher is not None else {}
 
     def paths(self, place: Place, tuned: Tuned, data: Audit, train: TrainSpec) -> Paths | None:
         """Found by training itself; with a teacher, those of distillation."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peftkit.base.head import Head
-from peftkit.errors import RunError
+from peftkit.errors import ConfigError, RunError
 from peftkit.events import Report
 
 if TYPE_CHECKING:
@@ -52,6 +52,12 @@ class Work(Protocol):
         `way` is a further group of settings that says what is learned from the rows, where a recipe has one.
         """
 
+    def besides(self) -> dict[str, Any]:
+        """What the result depends on besides rows, base and settings: a teacher, how images become numbers.
+
+        Checkpoints are bound to it, and the manifest says it with the adapter's settings.
+        """
+
     def paths(self, place: Place, tuned: Tuned, data: Any, train: TrainSpec) -> Paths | None:
         """How the rows go through the model; None where training finds that itself."""
 
@@ -69,6 +75,17 @@ class Work(Protocol):
 
     def sources(self, comparison: Any) -> Sequence[dict[str, Any]]:
         """Further texts that something was measured on, for the manifest."""
+
+
+def check_planned(data: Spec) -> None:
+    """Raise ConfigError for rows whose memory and time are not planned."""
+    if not work_for(data).plans:
+        raise ConfigError(
+            ["memory and time of a run with a task's head, or with pairs of answers, are probed, and not planned"],
+            where="what can be planned",
+            hint="peftkit train … tries the longest rows before the first step; data.max_length and "
+            "train.per_device_train_batch_size make a run smaller",
+        )
 
 
 def work_for(data: Spec) -> Work:

@@ -48,6 +48,10 @@ class Preferences:
     def prepare(self, place: Place, backbone: Backbone, way: Any) -> None:
         """Nothing."""
 
+    def besides(self) -> dict[str, Any]:
+        """Nothing: the reference is the base."""
+        return {}
+
     def paths(self, place: Place, tuned: Tuned, data: PreferenceAudit, train: TrainSpec) -> PreferencePaths:
         """Those of preferences; before the rows are scored, for trying what they take."""
         if self._paths is None:

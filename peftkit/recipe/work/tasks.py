@@ -60,6 +60,10 @@ class Tasks:
     def prepare(self, place: Place, backbone: Backbone, way: Any) -> None:
         """Nothing."""
 
+    def besides(self) -> dict[str, Any]:
+        """How images become numbers: the base's record does not cover its preprocessor."""
+        return {"pixels": self._pixels.record()} if self._pixels is not None else {}
+
     def paths(self, place: Place, tuned: Tuned, data: TaskAudit, train: TrainSpec) -> Paths | None:
         """Padded rows and the head's loss."""
         if self._paths is None:
