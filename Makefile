@@ -33,7 +33,7 @@ test-full: setup ## All tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu and not engines" -n 2
 
 test-full-only: setup ## What test-full adds to test
-	$(BIN)/python -m pytest -m "full and not gpu and not engines"
+	$(BIN)/python -m pytest -m "full and not gpu and not engines" -n 2
 
 test-gpu: setup ## The tests that need CUDA
 	$(BIN)/python -m pytest -m gpu

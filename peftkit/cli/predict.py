@@ -48,14 +48,14 @@ def predict(
         raise typer.BadParameter("name at least one adapter and a file", param_hint="NAME… FILE")
     if out is not None and out.exists() and not overwrite:
         raise typer.BadParameter(f"{out} exists; --overwrite replaces it", param_hint="--out")
-    measure = resolve(TaskEvaluateSpec, overrides=settings or []).config
+    asked_for = resolve(TaskEvaluateSpec, overrides=settings or [])
     store = open_registry(registry)
     versions = [store.resolve(name) for name in adapters]
-    from peftkit.evaluation.tasks.registered import predict_rows, task_of, write_predictions
+    from peftkit.evaluation.tasks.registered import measured_as, predict_rows, task_of, write_predictions
     from peftkit.tuning.attach import open_adapters
 
     asked = {"text": text, "pair": pair, "columns": tuple(columns.split(",")) if columns else None}
-    spec = task_of(versions[0], **asked, too_long=too_long)
+    spec, measure = task_of(versions[0], **asked, too_long=too_long), measured_as(versions[0], asked_for)
     with Reporter(as_json=as_json) as report:
         cache = locations.cache_root().path
         host = open_adapters(versions, cache, base=base, bits=bits, other_base=other_base, report=report)

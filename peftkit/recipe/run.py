@@ -74,6 +74,7 @@ class Run:
     _work: Work | None = None
     _data: Any = None
     _audited_from: tuple[BaseSpec, Spec] | None = None
+    _parents: dict[str, Version] = field(default_factory=dict)
 
     def audit(self, base: BaseSpec, data: Spec) -> Any:
         """Read, render, check and count the rows before anything else costs time.
@@ -139,7 +140,7 @@ class Run:
         rows, head = data.train.examples, work.head(data)
         quant = self.binding.held_to(quant) if self.binding is not None else quant
         # The settings of a resumed run come from its folder, defaults included; they were agreed when it began.
-        parent = self.registry.resolve(init_from) if init_from else None
+        parent = self._parent(init_from)
         what = to_train(adapter, quant, train, parent, {} if self.start else self.resolved.sources)
         given = groups_with(self.resolved.config, base=base, quant=quant, adapter=what.adapter, train=train)
         assert self._located is not None  # audit has found the base
@@ -270,9 +271,14 @@ class Run:
         from peftkit.recipe.work.kinds import Place
 
         assert self._located is not None  # audit has found the base
-        init_from = getattr(self.resolved.config, "init_from", None)
-        parent = self.registry.resolve(init_from) if init_from else None
+        parent = self._parent(getattr(self.resolved.config, "init_from", None))
         return Place(self._located, self.cache, self.registry, self.report, parent)
+
+    def _parent(self, init_from: str | None) -> Version | None:
+        """The adapter that is continued: what the name means at the run's begin, whatever becomes of its alias."""
+        if not init_from:
+            return None
+        return self._parents.setdefault(init_from, self._parents.get(init_from) or self.registry.resolve(init_from))
 
     def _audited(self) -> tuple[Any, Work]:
         if self._data is None or self._work is None:

@@ -11,7 +11,7 @@ from peftkit.base.ref import BaseSpec, LocatedBase
 from peftkit.data.chat import Example
 from peftkit.events import Note, Report
 from peftkit.recipe.to_train import ToTrain
-from peftkit.tuning.attach import resume_adapter
+from peftkit.tuning.attach import check_same_head, resume_adapter
 from peftkit.tuning.inject import inject
 from peftkit.tuning.partial import dense_layers
 from peftkit.tuning.tuned import Tuned
@@ -33,6 +33,8 @@ def load_tuned(
 
     `prepare` is called with the bare backbone.
     """
+    if what.parent is not None:
+        check_same_head(what.parent, head)
     dense = dense_layers(what.adapter)
     seed = what.adapter.seed
     backbone = load_backbone(base, what.quant, cache, head=head, seed=seed, dense=dense, report=report, located=located)

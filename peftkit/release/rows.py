@@ -155,6 +155,7 @@ def _run_settings(file: Path) -> DataSpec | None:
 def _recorded_settings(config: Mapping[str, Any]) -> DataSpec:
     """How training rendered and cut its rows; the defaults where a manifest does not say."""
     data = config.get("data")
+    if not isinstance(data, Mapping) or "task" in data:  # a task says what its own rows are cut by
+        return DataSpec()
     shared = ("loss", "think", "template", "template_kwargs", "max_length", "too_long")
-    known = {key: data[key] for key in shared if key in data} if isinstance(data, Mapping) else {}
-    return DataSpec.model_validate(known)
+    return DataSpec.model_validate({key: data[key] for key in shared if key in data})

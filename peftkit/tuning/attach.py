@@ -197,13 +197,17 @@ def resume_adapter(
 
 def check_head(version: Version, backbone: Backbone) -> None:
     """Raise TuningError where a version was trained with another head than the backbone has."""
-    own, held = head_of(version), backbone.head
-    if own != held and (own is not None or held is None):
-        said = [_described(head) for head in (own, held)]
+    check_same_head(version, backbone.head, "this backbone has")
+
+
+def check_same_head(version: Version, head: Head | None, whose: str = "this run has") -> None:
+    """Raise TuningError where a version was trained with another head than `head`; `whose` says whose that is."""
+    own = head_of(version)
+    if own != head:
         raise TuningError(
-            f"{version.reference} was trained with {said[0]}, and this backbone has {said[1]}",
-            expected="a backbone with the head of the adapter's task",
-            hint="attach adapters of one task and one set of labels to one backbone",
+            f"{version.reference} was trained with {_described(own)}, and {whose} {_described(head)}",
+            expected="adapters of one task and one set of labels on one backbone",
+            hint=f"peftkit show {version.name} says what it was trained for",
         )
 
 

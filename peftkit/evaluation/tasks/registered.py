@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from peftkit.atomic import replace_file
 from peftkit.backbone.load import Backbone
 from peftkit.base.ref import longest_sequence, read_config
+from peftkit.config import Resolved
 from peftkit.data.tasks.encode import encode
 from peftkit.data.tasks.heads import check_rows
 from peftkit.data.tasks.pixels import Pixels, pixels_of, positions
@@ -28,6 +29,8 @@ from peftkit.registry.store import Version
 from peftkit.tuning.attach import Attached, names_for
 
 _OF_ROWS = ("text", "pair", "label", "columns", "separator")
+_OF_SEQUENCES = ("task", "max_length", "too_long", "stride", "instruction", "multi_label")
+_OF_ANSWERS = ("metric", "threshold", "max_answer_tokens", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,40 @@ def task_of(version: Version, **asked: Any) -> TaskSpec:
         raise ConfigError([str(each["msg"]) for each in error.errors()], where=f"settings of {version.name}") from error
 
 
+def measured_as(version: Version, asked: Resolved[TaskEvaluateSpec]) -> TaskEvaluateSpec:
+    """The settings that were asked for, and else those that a version's own figures were taken with."""
+    config: Mapping[str, Any] = version.manifest.recipe.config if version.manifest.recipe else {}
+    recorded = config.get("evaluate")
+    given = recorded if isinstance(recorded, Mapping) else {}
+    asked_for = {key for key, source in asked.sources.items() if source != "default"}
+    kept = {key: given[key] for key in _OF_ANSWERS if given.get(key) is not None and key not in asked_for}
+    try:
+        return TaskEvaluateSpec.model_validate({**asked.config.model_dump(), **kept})
+    except ValidationError as error:
+        raise ConfigError([str(each["msg"]) for each in error.errors()], where=f"settings of {version.name}") from error
+
+
+def check_alike(versions: Sequence[Version]) -> None:
+    """Raise DataError for versions whose rows were read or cut in different ways: one encoding cannot serve them."""
+    first = task_of(versions[0])
+    for version in versions[1:]:
+        own = task_of(version)
+        differ = [name for name in _OF_SEQUENCES if getattr(own, name) != getattr(first, name)]
+        if differ:
+            said = "; ".join(f"data.{name}: {getattr(first, name)} and {getattr(own, name)}" for name in differ)
+            raise DataError(
+                f"{versions[0].reference} and {version.reference} were trained on rows made in different ways: {said}",
+                expected="adapters of one task whose sequences are made alike",
+                hint="call them one by one",
+            )
+
+
 def predict_rows(
     host: Attached, versions: Sequence[Version], source: str, spec: TaskSpec, measure: TaskEvaluateSpec,
     *, report: Report = silent,
 ) -> Predicted:  # fmt: skip
     """What every attached version says of every row of a file. Raises DataError for rows that cannot be read whole."""
+    check_alike(versions)
     backbone = host.backbone
     assert backbone.head is not None  # `task_of` has refused others
     data = read_rows(spec, source, labelled=False, report=report)
@@ -107,6 +139,7 @@ def evaluate_tasks(
     *, report: Report = silent,
 ) -> list[TaskComparison]:  # fmt: skip
     """Measure every attached version on rows with answers; baselines that learn have no training rows here."""
+    check_alike(versions)
     backbone = host.backbone
     assert backbone.head is not None
     data = read_rows(spec, source, report=report)

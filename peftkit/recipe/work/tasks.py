@@ -107,9 +107,9 @@ class Tasks:
         return []
 
 
-def report_task(comparison: TaskComparison, report: Report) -> None:
-    """Report a task's comparison the way every command shows it."""
-    report(Table("held-out rows", COLUMNS, tuple(comparison.rows())))
+def report_task(comparison: TaskComparison, report: Report, name: str | None = None) -> None:
+    """Report a task's comparison the way every command shows it, under the adapter's name where there are several."""
+    report(Table(f"held-out rows{f', {name}' if name else ''}", COLUMNS, tuple(comparison.rows())))
     for each in comparison.slices:
         report(Table(f"adapter by {each.column}", slices.COLUMNS, tuple(each.table())))
     if len(comparison.contestants) > 1:
