@@ -45,7 +45,7 @@ from peftkit.planning.memory import plan_memory
 from peftkit.planning.setting import Setting
 from peftkit.planning.tokens import tokens_at_once
 from peftkit.training.ledger import Ledger
-from peftkit.training.passes.paths import find_paths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.step import Step
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec

@@ -33,7 +33,7 @@ from peftkit.recipe.forecast import what_is_trained
 from peftkit.training.holdings import held
 from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations
-from peftkit.training.passes.paths import find_paths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.step import Step
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec

@@ -6,7 +6,7 @@ The embedded base, LoRA of rank 16 on all linear layers, 24 mixed rows (alpaca_e
 training has a process of its own:
 
 - `tokens`: speed and peak memory by the tokens that go through the model at once;
-- `without`: without one of the shortcuts (`training/passes/paths.py`), without all of them, and with a label at every
+- `without`: without one of the shortcuts (`training/passes/trying.py`), without all of them, and with a label at every
   token, which the head then has to see: what scoring answers alone is worth on a CPU, where TRL's head sees all tokens;
 - `lora`: the products of a block's siblings (q, k, v; gate, up) as PEFT computes them, fused one by one, and as a group
   that reads its input once, forward and backward, in milliseconds;
@@ -41,7 +41,7 @@ from peftkit.base.ref import BaseSpec
 from peftkit.environment import environment
 from peftkit.events import silent
 from peftkit.training.memory import peak_bytes
-from peftkit.training.passes.paths import paths_for
+from peftkit.training.passes.trying import paths_for
 from peftkit.training.schedule import schedule
 from peftkit.training.trainer import AnswerTrainer
 from peftkit.tuning.fused import fused_lora

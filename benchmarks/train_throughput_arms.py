@@ -35,7 +35,7 @@ from peftkit.data.chat import Example
 from peftkit.events import Decision, Event, Report
 from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.memory import peak_bytes
-from peftkit.training.passes.paths import paths_for
+from peftkit.training.passes.trying import paths_for
 from peftkit.training.schedule import schedule
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec

@@ -1,4 +1,4 @@
-"""How a step's rows go through the model, as far as its config says: `training.passes.paths` tries the model itself."""
+"""How a step's rows go through the model, as far as its config says; `training.passes.trying` tries the model."""
 
 from __future__ import annotations
 

@@ -24,8 +24,9 @@ from peftkit.backbone.unpack import unpacked
 from peftkit.data.chat import Example
 from peftkit.generation.forward import autocast, pad
 from peftkit.recipe.verdict import Check, held
-from peftkit.training.passes.paths import Paths, find_paths
+from peftkit.training.passes.paths import Paths
 from peftkit.training.passes.split import lengths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.step import Step
 from peftkit.tuning.tuned import Tuned
 

@@ -20,8 +20,9 @@ from peftkit.generation.generate import generate
 from peftkit.training import random_state
 from peftkit.training.memory import checkpoint_activations, keep_activations, release
 from peftkit.training.objective import objective
-from peftkit.training.passes.paths import Paths, paths_for
+from peftkit.training.passes.paths import Paths
 from peftkit.training.passes.split import lengths, tokens_of
+from peftkit.training.passes.trying import paths_for
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step
 from peftkit.tuning.tuned import Tuned

@@ -24,8 +24,9 @@ from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.journal import Journal
 from peftkit.training.memory import checkpoint_activations, keep_activations, peak_bytes, reset_peak
 from peftkit.training.parallel import Team, digest, team
-from peftkit.training.passes.paths import Paths, paths_for, side_by_side
+from peftkit.training.passes.paths import Paths
 from peftkit.training.passes.split import tokens_of
+from peftkit.training.passes.trying import paths_for, side_by_side
 from peftkit.training.rates import learning_rate
 from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.spec import TrainSpec

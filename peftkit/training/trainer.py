@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from peftkit.backbone.decide import optimizer
 from peftkit.backbone.quiet import quiet
@@ -32,6 +32,7 @@ from peftkit.errors import TrainingError
 from peftkit.events import Decision, Note, Progress, Report, Warned
 from peftkit.generation.forward import autocast
 from peftkit.process_group import ProcessGroup
+from peftkit.training.arguments import sft_arguments
 from peftkit.training.groups import Group, as_arguments, parameter_groups
 from peftkit.training.journal import Journal
 from peftkit.training.memory import leave_inputs_alone, peak_bytes, within_memory
@@ -249,15 +250,6 @@ def trainer_for(tuned: Tuned) -> type[StepTrainer]:
     return AnswerTrainer if tuned.backbone.head is None else StepTrainer
 
 
-class _Arguments(SFTConfig):  # type: ignore[misc]
-    """TRL's settings for a model that is where it belongs: Trainer would put a sharded one on a GPU whole."""
-
-    @property
-    def place_model_on_device(self) -> bool:
-        """Never."""
-        return False
-
-
 class _Steps(torch.utils.data.Dataset[tuple[int, ...]]):  # type: ignore[misc]
     """The rows of every step, as the loader asks for them."""
 
@@ -269,42 +261,6 @@ class _Steps(torch.utils.data.Dataset[tuple[int, ...]]):  # type: ignore[misc]
 
     def __getitem__(self, index: int) -> tuple[int, ...]:
         return self.steps[index]
-
-
-def sft_arguments(tuned: Tuned, plan: Schedule, spec: TrainSpec, folder: Path, optim: str) -> SFTConfig:
-    """TRL's settings, with everything explicit that TRL or transformers would otherwise choose."""
-    arguments = _Arguments(
-        output_dir=str(folder),
-        max_steps=len(plan),
-        per_device_train_batch_size=spec.rows_per_step,  # the loader yields a step; training/step splits it
-        gradient_accumulation_steps=1,
-        learning_rate=learning_rate(tuned, spec),
-        lr_scheduler_type="constant",  # what the rate does is `create_scheduler`'s
-        optim=optim,
-        weight_decay=spec.weight_decay,
-        max_grad_norm=spec.max_grad_norm,
-        seed=spec.seed,
-        max_length=None,  # rows are cut or refused in data/, never here
-        packing=False,
-        bf16=False,  # mixed precision is ours: generation.forward.autocast, the same in evaluation
-        fp16=False,
-        gradient_checkpointing=False,  # training.memory.checkpoint_activations: upstream knows no single blocks
-        activation_offloading=spec.activation_offloading,
-        logging_nan_inf_filter=False,
-        logging_steps=1,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to=spec.report_to or "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        use_cpu=tuned.backbone.device.type == "cpu",
-        dataloader_pin_memory=False,
-        push_to_hub=False,
-    )
-    # The backbone is on one device; with several visible, Trainer would wrap it in DataParallel, which TRL refuses.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 def _restore(tuned: Tuned, values: dict[str, torch.Tensor], base: Any, own_forward: Any) -> None:

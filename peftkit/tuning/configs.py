@@ -21,22 +21,17 @@ from peft import (
     TrainableTokensConfig,
     VeraConfig,
 )
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftkit.backbone.heads import head_modules
 from peftkit.backbone.load import Backbone
-from peftkit.base.ref import read_config
 from peftkit.base.tokenizer import Tokenizer
-from peftkit.errors import BaseError, TuningError
-from peftkit.planning.architecture import architecture
-from peftkit.planning.trained import adapted_linears, feed_forward
+from peftkit.errors import TuningError
 from peftkit.tuning.attachable import task_type
-from peftkit.tuning.depth import find_blocks
-from peftkit.tuning.layers import chosen_layers
+from peftkit.tuning.feedforward import check_feedforward, keys_values_feedforward
 from peftkit.tuning.methods import AdapterSpec
+from peftkit.tuning.target_modules import ending, is_target, linear_endings, linears_below, targets
 
-Targets = str | list[str]
 PEFT_TYPES = {
     "adalora": "ADALORA",
     "ia3": "IA3",
@@ -80,36 +75,6 @@ def peft_config(backbone: Backbone, spec: AdapterSpec) -> Any:
             hint="adapter.method=lora",
         )
     return _CONFIGS.get(spec.method, _lora)(backbone, spec)
-
-
-def targets(model: Any, wanted: Targets, layers: str) -> Targets:
-    """`target_modules` for PEFT: as they are given, or the full names of those in the chosen blocks.
-
-    PEFT finds the number of a block by a regular expression, and takes the first number in a name for it.
-    """
-    if layers == "all":
-        return wanted
-    path, blocks = find_blocks(model)
-    if not blocks:
-        raise TuningError(f"adapter.layers={layers} and {type(model).__name__} has no list of layers", expected="all")
-    chosen = sorted(chosen_layers(layers, len(blocks)))
-    found = [
-        f"{path}.{index}.{name}"
-        for index in chosen
-        for name, module in blocks[index].named_modules()
-        if _is_target(name, module, wanted)
-    ]
-    if not found:
-        raise TuningError(
-            f"adapter.target_modules={wanted!r} names nothing in the layers {layers}",
-            expected="all-linear, or endings of module names: " + ", ".join(linear_endings(blocks[chosen[0]])),
-        )
-    return found
-
-
-def linear_endings(model: nn.Module) -> list[str]:
-    """The last parts of the names of the modules with weights, sorted."""
-    return sorted({_ending(name) for name, module in model.named_modules() if hasattr(module, "weight")})
 
 
 def token_ids(tokenizer: Tokenizer, tokens: Collection[str | int]) -> list[int]:
@@ -164,8 +129,8 @@ def _ia3(backbone: Backbone, spec: AdapterSpec) -> Any:
     """Keys, values and what goes into the MLP's last layer (arXiv 2205.05638, section 3.3)."""
     wanted, inputs = spec.target_modules or "auto", list(spec.feedforward_modules or [])
     if wanted == "auto":
-        wanted, inputs = _keys_values_feedforward(backbone)
-    _check_feedforward(backbone, wanted, inputs)
+        wanted, inputs = keys_values_feedforward(backbone)
+    check_feedforward(backbone, wanted, inputs)
     layers = spec.layers or "all"
     chosen = targets(backbone.model, wanted, layers)
     return IA3Config(
@@ -173,46 +138,6 @@ def _ia3(backbone: Backbone, spec: AdapterSpec) -> Any:
         target_modules=chosen,
         feedforward_modules=targets(backbone.model, inputs, layers) if inputs else [],
     )
-
-
-def _check_feedforward(backbone: Backbone, wanted: Targets, inputs: list[str]) -> None:
-    """Raise TuningError for feed-forward layers that are not adapted or that the base does not have."""
-    if isinstance(wanted, list):
-        outside = [ending for ending in inputs if ending not in wanted]
-        fact, expected = f"which adapter.target_modules={wanted!r} does not have", "some of adapter.target_modules"
-        hint = f"adapter.target_modules=[{','.join([*wanted, *outside])}]"
-    else:
-        linears = [name for name, module in backbone.model.named_modules() if _is_target(name, module, "all-linear")]
-        outside = [ending for ending in inputs if not any(_is_target(name, None, [ending]) for name in linears)]
-        fact, expected = "which no linear layer is called", "endings of names of linear layers"
-        hint = f"adapter.feedforward_modules, from: {', '.join(sorted({_ending(name) for name in linears}))}"
-    if outside:
-        raise TuningError(f"adapter.feedforward_modules names {outside}, {fact}", expected=expected, hint=hint)
-
-
-def name_feedforward(config: Any, model: Any) -> None:
-    """Name IA3's feed-forward layers in full where PEFT has written all-linear as full names.
-
-    PEFT 0.21.2 leaves their endings as they are given, and refuses to read the config that it wrote: there
-    feedforward_modules is no subset of target_modules (IA3Config.__post_init__).
-    """
-    if config.peft_type != "IA3" or set(config.feedforward_modules) <= set(config.target_modules):
-        return
-    layers = model.get_base_model().named_modules()
-    config.feedforward_modules = {name for name, layer in layers if getattr(layer, "is_feedforward", False)}
-
-
-def _keys_values_feedforward(backbone: Backbone) -> tuple[list[str], list[str]]:
-    try:
-        shape = architecture(read_config(backbone.base.folder))
-    except BaseError as error:
-        raise TuningError(
-            f"which layers of {type(backbone.model).__name__} are its keys, values and feed-forward ends is not known",
-            expected="adapter.target_modules and adapter.feedforward_modules, from: "
-            + ", ".join(linear_endings(backbone.model)),
-            hint="adapter.target_modules=[k_proj,v_proj,down_proj] adapter.feedforward_modules=[down_proj]",
-        ) from error
-    return [linear.name for linear in adapted_linears(shape, "auto")], [feed_forward(shape)]
 
 
 def _vera(backbone: Backbone, spec: AdapterSpec) -> Any:
@@ -240,7 +165,7 @@ def _check_linear(backbone: Backbone, spec: AdapterSpec) -> None:
     """Raise TuningError where the adapted layers are GPT-2's, which hold their weight as (in, out)."""
     wanted = spec.target_modules or "all-linear"
     named = backbone.model.named_modules()
-    found = [name for name, module in named if isinstance(module, Conv1D) and _is_target(name, module, wanted)]
+    found = [name for name, module in named if isinstance(module, Conv1D) and is_target(name, module, wanted)]
     if found:
         raise TuningError(
             f"adapter.method={spec.method} knows no layers of type Conv1D, and {len(found)} of "
@@ -267,7 +192,7 @@ def _places(backbone: Backbone, spec: AdapterSpec) -> dict[str, Any]:
     asked = spec.target_modules or "all-linear"
     whole = spec.layers in (None, "all")  # no head stands in a block
     if asked == "all-linear" and whole and (heads := head_modules(backbone.model)):
-        asked = _linears_below(backbone.model, heads)
+        asked = linears_below(backbone.model, heads)
         if not asked:
             raise TuningError(
                 f"adapter.target_modules=all-linear: {type(backbone.model).__name__} has no linear layers but its "
@@ -287,30 +212,11 @@ def _task(backbone: Backbone) -> dict[str, Any]:
     return {"task_type": task_type(backbone.head), "modules_to_save": saved or None}
 
 
-def _linears_below(model: nn.Module, heads: Collection[str]) -> list[str]:
-    """Full names of the linear layers that are not the head's: PEFT knows heads under two names only."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{head}.") for head in heads)
-    ]
-
-
-def _is_target(name: str, module: nn.Module | None, wanted: Targets) -> bool:
-    if wanted == "all-linear":
-        return isinstance(module, nn.Linear | Conv1D)  # bitsandbytes' are nn.Linear too
-    return any(name == ending or name.endswith(f".{ending}") for ending in wanted)
-
-
-def _ending(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def _embedding(backbone: Backbone) -> str:
     """The last part of the name of the module with the embeddings of tokens."""
     table = backbone.model.get_input_embeddings()
     names = (name for name, module in backbone.model.named_modules() if module is table)
-    return _ending(str(next(names)))
+    return ending(str(next(names)))
 
 
 def _given(value: Any) -> Any:

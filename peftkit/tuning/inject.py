@@ -24,7 +24,8 @@ from peftkit.events import Decision, Note, Report, Warned, silent
 from peftkit.process_group import launched
 from peftkit.tuning.adapted import adapted
 from peftkit.tuning.allocator import ranks_as_they_are
-from peftkit.tuning.configs import linear_endings, name_feedforward, peft_config
+from peftkit.tuning.configs import peft_config
+from peftkit.tuning.feedforward import name_feedforward
 from peftkit.tuning.fit import check_bare
 from peftkit.tuning.initial import NAME
 from peftkit.tuning.initial_eva import begin_eva
@@ -35,6 +36,7 @@ from peftkit.tuning.methods import METHODS, AdapterSpec, check_over
 from peftkit.tuning.partial import inject_partial
 from peftkit.tuning.prompted import PromptedModel
 from peftkit.tuning.snapshot import Snapshot
+from peftkit.tuning.target_modules import linear_endings
 from peftkit.tuning.tuned import Tuned, trained_names
 
 _SHARDABLE = ("lora", "rslora", "dora", "lora_plus", "loftq", "eva")

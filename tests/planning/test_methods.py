@@ -38,7 +38,7 @@ from peftkit.training.holdings import held
 from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations
 from peftkit.training.objective import objective
-from peftkit.training.passes.paths import paths_for
+from peftkit.training.passes.trying import paths_for
 from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step

@@ -18,8 +18,9 @@ from peftkit.planning.families import FAMILIES
 from peftkit.planning.passes import Passes, training_passes
 from peftkit.planning.setting import Setting
 from peftkit.planning.tokens import CPU_TOKENS, accumulates, labelled_tokens, micro_batch_tokens
-from peftkit.training.passes.paths import Paths, find_paths
+from peftkit.training.passes.paths import Paths
 from peftkit.training.passes.split import split
+from peftkit.training.passes.trying import find_paths
 from peftkit.tuning.methods import AdapterSpec
 from peftkit.tuning.tuned import Tuned
 

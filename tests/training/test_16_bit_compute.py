@@ -11,10 +11,10 @@ from peftkit.backbone.load import load_backbone
 from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec
 from peftkit.data.chat import Example
+from peftkit.training.arguments import sft_arguments
 from peftkit.training.schedule import schedule
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
-from peftkit.training.trainer import sft_arguments
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import AdapterSpec
 from peftkit.tuning.tuned import Tuned

@@ -23,10 +23,11 @@ from peftkit.errors import TrainingError
 from peftkit.events import Decision, Phase, Progress
 from peftkit.generation.forward import row_nll
 from peftkit.training import trainer as sft
+from peftkit.training.arguments import sft_arguments
 from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
-from peftkit.training.trainer import AnswerTrainer, sft_arguments
+from peftkit.training.trainer import AnswerTrainer
 from peftkit.tuning.methods import METHODS
 from peftkit.tuning.tuned import Tuned
 

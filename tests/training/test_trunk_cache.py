@@ -23,7 +23,8 @@ from peftkit.errors import ConfigError, OutOfMemory, TrainingError
 from peftkit.events import Decision, Event, Note, Warned
 from peftkit.training import sft
 from peftkit.training.checkpoint import Checkpoints
-from peftkit.training.passes.paths import Paths, find_paths
+from peftkit.training.passes.paths import Paths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.schedule import schedule
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec

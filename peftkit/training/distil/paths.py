@@ -15,7 +15,8 @@ from peftkit.process_group import launched
 from peftkit.training.distil.loss import divergence, scored, summed
 from peftkit.training.distil.spec import DistilSpec
 from peftkit.training.distil.teacher import Teacher
-from peftkit.training.passes.paths import Loss, Paths, find_paths
+from peftkit.training.passes.paths import Loss, Paths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.spec import TrainSpec
 from peftkit.tuning.tuned import Tuned

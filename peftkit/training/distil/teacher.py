@@ -17,7 +17,8 @@ from peftkit.events import Decision, Report, silent
 from peftkit.registry.store import Registry, Version
 from peftkit.training.distil.loss import Scored, scored
 from peftkit.training.distil.spec import DistilSpec
-from peftkit.training.passes.paths import Paths, find_paths
+from peftkit.training.passes.paths import Paths
+from peftkit.training.passes.trying import find_paths
 from peftkit.tuning.attach import attach, open_adapters
 from peftkit.tuning.methods import AdapterSpec, MethodName
 from peftkit.tuning.tuned import Tuned

@@ -19,8 +19,9 @@ from peftkit.errors import TrainingError
 from peftkit.events import Report, silent
 from peftkit.generation.forward import bounded, by_length
 from peftkit.training.parallel import team
-from peftkit.training.passes.paths import Loss, Paths, find_paths
+from peftkit.training.passes.paths import Loss, Paths
 from peftkit.training.passes.split import lengths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.preference.likelihoods import likelihoods
 from peftkit.training.preference.losses import dpo, kto, orpo
 from peftkit.training.preference.spec import PreferenceTrainSpec

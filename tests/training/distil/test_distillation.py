@@ -25,7 +25,7 @@ from peftkit.training.distil.paths import DistilPaths, distil_paths
 from peftkit.training.distil.spec import DistilSpec
 from peftkit.training.distil.teacher import Teacher, teacher_of
 from peftkit.training.objective import objective
-from peftkit.training.passes.paths import find_paths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.sft import Trained, train
 from peftkit.training.spec import TrainSpec

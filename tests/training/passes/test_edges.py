@@ -20,7 +20,8 @@ from peftkit.training.journal import Journal
 from peftkit.training.memory import keep_activations, within_memory
 from peftkit.training.passes.flat import attention_by_row
 from peftkit.training.passes.head import Head, summed_loss
-from peftkit.training.passes.paths import Paths, find_paths
+from peftkit.training.passes.paths import Paths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step

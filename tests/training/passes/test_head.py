@@ -19,7 +19,8 @@ from peftkit.generation.forward import pad
 from peftkit.training.objective import Objective
 from peftkit.training.passes import head as head_module
 from peftkit.training.passes.head import LOGITS_BYTES, Head, states_at_labels, summed_loss
-from peftkit.training.passes.paths import Paths, find_paths
+from peftkit.training.passes.paths import Paths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.regularize.losses import TokenLoss
 from peftkit.training.step import Step
 

@@ -13,9 +13,10 @@ from transformers import LlamaForCausalLM
 
 from peftkit.events import Decision
 from peftkit.generation.forward import pad
-from peftkit.training.passes import paths as paths_module
+from peftkit.training.passes import trying
 from peftkit.training.passes.head import Head, amplified, states_before
-from peftkit.training.passes.paths import Paths, find_paths, paths_for
+from peftkit.training.passes.paths import Paths
+from peftkit.training.passes.trying import find_paths, paths_for
 from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.spec import TrainSpec
 from peftkit.training.step import Step
@@ -300,6 +301,6 @@ def test_the_default_is_the_plain_way() -> None:
 
 
 def test_the_rows_that_are_tried_differ_and_stay_within_the_vocabulary() -> None:
-    made = [paths_module._made(length, at, 259) for at, length in enumerate((5, 11, 8))]
+    made = [trying._made(length, at, 259) for at, length in enumerate((5, 11, 8))]
     assert len({tuple(row.input_ids[:5]) for row in made}) == 3
     assert all(0 <= token < 259 for row in made for token in row.input_ids)

@@ -16,7 +16,8 @@ from peftkit.events import Decision
 from peftkit.training.checkpoint import Checkpoints
 from peftkit.training.memory import checkpoint_activations
 from peftkit.training.objective import Objective
-from peftkit.training.passes.paths import Paths, find_paths
+from peftkit.training.passes.paths import Paths
+from peftkit.training.passes.trying import find_paths
 from peftkit.training.regularize.losses import TokenLoss
 from peftkit.training.schedule import schedule
 from peftkit.training.sft import train
