@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from peftkit.base.ref import longest_sequence, read_config
 from peftkit.data.audit import DataSpec, encode, recorded_rendering
-from peftkit.data.formats import load_rows
+from peftkit.data.formats import Dataset, load_rows
 from peftkit.errors import DataError
 from peftkit.evaluation.held_out import Comparison, Contestant, compare, prepare
 from peftkit.evaluation.preflight import preflight
@@ -42,7 +42,7 @@ def evaluate_attached(
         template=rendering.template,
         template_kwargs=dict(rendering.kwargs or {}),
     )
-    source = load_rows(rows)
+    source = _load(rows, versions[0])
     limit = longest_sequence(read_config(host.backbone.base.folder))
     part = encode(source.rows, source, "held_out", host.backbone.tokenizer, settings, limit)
     preflight(spec, part.rows, host.backbone.tokenizer)
@@ -56,3 +56,21 @@ def evaluate_attached(
         compared = compare(base, contestant, held, spec, host.backbone, before=before, prompted=prompted, report=report)
         comparisons.append(compared)
     return comparisons
+
+
+def _load(rows: str | Path, version: Version) -> Dataset:
+    """The rows; where they are those of another kind that a version was trained on, the error says what to give."""
+    try:
+        return load_rows(rows)
+    except DataError as error:
+        config = version.manifest.recipe.config if version.manifest.recipe else {}
+        data = config.get("data")
+        given = data if isinstance(data, Mapping) else {}
+        if "task" in given:
+            asked = version.manifest.metrics.other.get("instruction")
+            hint = f"give rows of prompt and completion, each prompt beginning with the instruction {asked!r}"
+        elif given.get("kind") in ("pairs", "labelled"):
+            hint = "preferences are measured in the run alone; rows with one answer measure how likely it is"
+        else:
+            raise
+        raise DataError(error.fact, expected=error.expected, hint=hint) from error
