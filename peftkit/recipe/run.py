@@ -134,6 +134,7 @@ class Run:
         from peftkit.recipe.target import this_machine
         from peftkit.recipe.to_train import to_train
         from peftkit.recipe.tune import load_tuned
+        from peftkit.recipe.work import planned
         from peftkit.training.schedule import schedule
 
         data, work = self._audited()
@@ -147,7 +148,7 @@ class Run:
         steps, target = schedule(rows, train), self.target or this_machine(quant)
         places = self.folder, self.registry.root
         ahead = Ahead(given, self._located, data, steps, target, *places, self.start is not None, self.report)
-        plan = ahead.plan() if work.plans else None
+        plan = ahead.plan() if planned(given.data) else None
         options: dict[str, Any] = {"head": head, "other_base": self.other_base, "report": self.report}
         options["prepare"] = lambda backbone: work.prepare(self._place(), backbone, way)
         tuned = load_tuned(what, base, self._located, rows, self.cache, **options)

@@ -30,8 +30,6 @@ from peftkit.tuning.tuned import Tuned
 class Conversations:
     """Rows with answers, or plain text."""
 
-    plans = True
-
     def audit(self, place: Place, spec: DataSpec, evaluate: Any) -> Audit:
         """Read, render, check and count the rows."""
         tokenizer = load_tokenizer(place.located.folder)

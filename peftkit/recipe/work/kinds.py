@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from peftkit.base.head import Head
+from peftkit.data.spec import DataSpec
 from peftkit.errors import ConfigError, RunError
 from peftkit.events import Report
 
@@ -36,9 +37,6 @@ class Place:
 
 class Work(Protocol):
     """One kind of rows at a run's verbs. `data` is what its own `audit` returned; settings are the recipe's groups."""
-
-    plans: bool
-    """Whether memory and time can be planned from the lengths of its rows."""
 
     def audit(self, place: Place, spec: Any, evaluate: Any) -> Any:
         """Rows that were read, checked and encoded, in parts `train` and `held_out` with their `examples`."""
@@ -77,9 +75,14 @@ class Work(Protocol):
         """Further texts that something was measured on, for the manifest."""
 
 
+def planned(data: Spec) -> bool:
+    """Whether memory and time can be planned from the lengths of rows of this kind; told without loading torch."""
+    return isinstance(data, DataSpec)
+
+
 def check_planned(data: Spec) -> None:
     """Raise ConfigError for rows whose memory and time are not planned."""
-    if not work_for(data).plans:
+    if not planned(data):
         raise ConfigError(
             ["memory and time of a run with a task's head, or with pairs of answers, are probed, and not planned"],
             where="what can be planned",
@@ -91,7 +94,6 @@ def check_planned(data: Spec) -> None:
 def work_for(data: Spec) -> Work:
     """The work that the settings of a recipe's data ask for. Raises RunError for settings that are none."""
     from peftkit.data.preference.spec import PreferenceSpec
-    from peftkit.data.spec import DataSpec
     from peftkit.data.tasks.spec import TaskSpec
 
     if isinstance(data, TaskSpec) and data.task in ("translation", "summarization"):

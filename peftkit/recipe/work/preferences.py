@@ -29,8 +29,6 @@ from peftkit.tuning.tuned import Tuned
 class Preferences:
     """Rows that say which answer is better; the reference is the base, its adapter detached."""
 
-    plans = False
-
     def __init__(self) -> None:
         self._paths: PreferencePaths | None = None
         self._scored = False

@@ -34,8 +34,6 @@ from peftkit.tuning.tuned import Tuned
 class Tasks:
     """Rows of a task, and the head that is trained for it."""
 
-    plans = False
-
     def __init__(self) -> None:
         self._pixels: Pixels | None = None
         self._task: TaskName = "text_classification"
