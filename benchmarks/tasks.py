@@ -1,13 +1,14 @@
 """Every task's recipe on a real base with real rows: one JSON line each, the score beside what is trivial.
 
-    PEFTKIT_TEST_DATA=/path/to/data nice python benchmarks/tasks.py              # about 45 minutes on two cores
-    PEFTKIT_TEST_DATA=/path/to/data nice python benchmarks/tasks.py --only wnut17
+    PEFTKIT_TEST_DATA=/path/to/data OMP_NUM_THREADS=1 nice python benchmarks/tasks.py
+    PEFTKIT_TEST_DATA=/path/to/data OMP_NUM_THREADS=1 nice python benchmarks/tasks.py --only wnut17
 
 The shipped recipes are run whole (audit, training, measuring, publishing) in scratch folders, each in a process of its
 own. Rows and epochs are few, and stand in every line; so the scores say that a recipe learns, not what its method can
 do. `score` and `baselines` have 95 % intervals over held-out rows; `difference` is the paired one to the best baseline,
-of preferences to chance. `peak_bytes` is the most memory of the process above that of the imported libraries. No base
-of random numbers is measured here. Finished lines (results/tasks.jsonl) are kept by their settings and not run again;
+of preferences to chance. `cpu_seconds` is the processor time of the whole recipe, which hardly depends on what else the
+machine does; `peak_bytes` is the most memory of the process above that of the imported libraries. No base of random
+numbers is measured here. Finished lines (results/tasks.jsonl) are kept by their settings and not run again;
 the summary (tasks.json) is written when all are there.
 """
 
@@ -164,17 +165,16 @@ def measure(setting: dict[str, Any]) -> Result:
 
         if arm.teacher:
             run("qlora_sft", "save_as=teacher", *arm.teacher)
-        before, started = _forget_peak(), time.perf_counter()
+        before, started = _forget_peak(), time.process_time()
         done = run(arm.recipe, *arm.settings)
-        seconds, peak = time.perf_counter() - started, _resident("VmHWM") - before
+        seconds, peak = time.process_time() - started, _resident("VmHWM") - before
         train, held = Registry(registry).resolve(done.saved_as).manifest.data[:2]
     figures, training = done.figures["evaluation"], done.figures["training"]
     return {
         "n_train": train.rows,
         "n_held": held.rows,
         **scores(figures),
-        "seconds": round(seconds, 1),
-        "training_seconds": round(training["seconds"], 1),
+        "cpu_seconds": round(seconds, 1),
         "steps": training["steps"],
         "tokens": training["tokens"],
         "peak_bytes": peak,
