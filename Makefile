@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo demo-full test test-full test-full-only test-gpu test-engines mutants bench lint clean
+.PHONY: help setup demo demo-full test test-full test-full-only test-gpu test-engines mutants bench docs lint clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,9 @@ bench: setup ## Measure; one JSON line per measurement
 	$(BIN)/python benchmarks/combine_accuracy.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/train_throughput.py
+
+docs: setup ## Build the guide as a static site in site/
+	$(BIN)/mkdocs build --quiet --strict
 
 lint: $(STAMP) ## Style, types, layers
 	$(BIN)/ruff check .

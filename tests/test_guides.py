@@ -34,7 +34,7 @@ def test_every_command_exists_with_its_options() -> None:
     lines = console_lines()
     assert len(lines) > 10
     for line in lines:
-        _, name, *rest = shlex.split(line)
+        _, name, *rest = shlex.split(line.partition(" -- ")[0])  # what follows is another program's
         command = commands.commands[name]
         if hasattr(command, "commands"):
             command = command.commands[rest[0]]
@@ -107,9 +107,9 @@ QWEN3_8B = {
 }  # fmt: skip
 
 
-def shown_commands() -> list[tuple[str, list[str]]]:
-    """Every command of the guide to a run, and the lines of output that are shown under it."""
-    blocks = re.findall(r"```console\n(.*?)```", NO_WASTED_RUN, re.DOTALL)
+def shown_commands(text: str = NO_WASTED_RUN) -> list[tuple[str, list[str]]]:
+    """Every command of a guide, that to a run without another, and the lines of output that are shown under it."""
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     parts = [part.splitlines() for block in blocks for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
     return [(first.partition("  #")[0].strip(), [line for line in rest if line.strip(" …")]) for first, *rest in parts]
 
@@ -150,8 +150,9 @@ def faulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_plans_that_are_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
-    plans = [(command, lines) for command, lines in shown_commands() if command.startswith("peftkit plan") and lines]
-    assert len(plans) == 2
+    shown = [*shown_commands(), *shown_commands(TEXTS["memory.md"])]
+    plans = [(command, lines) for command, lines in shown if command.startswith("peftkit plan") and lines]
+    assert len(plans) == 3
     for command, lines in plans:
         capfd.readouterr()
         main(shlex.split(command.replace("Qwen/Qwen3-8B", str(tmp_path)))[1:])
@@ -222,14 +223,31 @@ def test_the_tables_of_rules_are_those_of_the_code(table: Any) -> None:
     assert f"\n\n{table()}\n\n" in NO_WASTED_RUN
 
 
-def test_figures_and_files_that_the_guides_name_exist() -> None:
-    """Links lead somewhere, and numbers that the code decides are the code's."""
+def anchors(text: str) -> set[str]:
+    """What a page's headings are called in links, as GitHub and mkdocs make it."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", list(TEXTS))
+def test_links_lead_somewhere(name: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXTS[name]) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = GUIDES / (path or name)
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_index_names_every_page() -> None:
+    assert {name for name in TEXTS if f"({name})" not in TEXTS["index.md"]} == {"index.md"}
+
+
+def test_figures_that_the_guide_to_a_run_names() -> None:
+    """Numbers that the code decides are the code's."""
     from peftkit.training.bound import _MAY_CHANGE
     from peftkit.training.spec import TrainSpec
 
-    for name, text in TEXTS.items():
-        missing = [link for link in re.findall(r"\]\(([^)#:]+)\)", text) if not (GUIDES / link).exists()]
-        assert not missing, name
     assert f"`train.save_total_limit` ({TrainSpec().save_total_limit})" in NO_WASTED_RUN
     assert f"quiet for the next {watchdog_rules.QUIET} steps" in NO_WASTED_RUN
     (listed,) = re.findall(r"- \*\*May change\*\*: (.*?)\n- ", NO_WASTED_RUN, re.DOTALL)

@@ -38,6 +38,7 @@ from peftkit.cli import (
     recipes,
     reproduce,
     runs,
+    serve,
     sweep,
     train,
     versions,
@@ -87,6 +88,7 @@ app.command("predict")(predict.predict)
 app.command("explain")(explain.explain)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.add_typer(base.app, name="base")
 app.command("doctor")(doctor.doctor)
 

@@ -9,6 +9,7 @@ from typing import Any
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.canonical import canonical_json
 from peftkit.data.chat import chat_prompt
+from peftkit.data.template import Rendering
 from peftkit.errors import DataError, GenerationError, PeftkitError
 from peftkit.generation.opening import Opened
 from peftkit.generation.requests import Completion, Logprob, Request
@@ -25,13 +26,23 @@ def ask(opened: Opened, version: Version | None, turns: Sequence[Mapping[str, An
     The turns are rendered as its training rendered them. `like` says what else is asked for. Raises DataError for turns
     that cannot be rendered, and what `Engine.submit` raises.
     """
-    asked = [dict(turn) for turn in turns]
+    ids = prompt_of(turns, opened.backbone.tokenizer, opened.rendering(version))
+    return opened.engine.submit(replace(like, prompt=ids, adapter=version.reference if version else None))
+
+
+def prompt_of(
+    turns: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    rendering: Rendering,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> tuple[int, ...]:
+    """Token ids of a conversation that waits for an answer. Raises DataError for what cannot be rendered."""
+    asked, known = [dict(turn) for turn in turns], [dict(tool) for tool in tools]
     try:
-        canonical_json(asked)
+        canonical_json([asked, known])
     except ValueError as error:
         raise DataError(f"this cannot be asked: {error}", expected="text in UTF-8") from error
-    ids = chat_prompt(asked, opened.backbone.tokenizer, opened.rendering(version))
-    return opened.engine.submit(replace(like, prompt=tuple(ids), adapter=version.reference if version else None))
+    return tuple(chat_prompt(asked, tokenizer, rendering, known))
 
 
 def answered(ticket: Ticket) -> Completion:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -16,7 +17,7 @@ from peftkit.base.identity import identify
 from peftkit.base.ref import BaseSpec, LocatedBase
 from peftkit.data.audit import recorded_rendering
 from peftkit.data.template import Rendering
-from peftkit.errors import AdapterNotFound, TuningError
+from peftkit.errors import AdapterNotFound, BaseError, TuningError
 from peftkit.events import Report, silent
 from peftkit.generation.engine import Engine
 from peftkit.generation.fleet.fleet import Fleet
@@ -44,12 +45,15 @@ class Opened:
     backbone: Backbone
     fleet: Fleet
     engine: Engine
-    first: Version
-    """Whose rendering the base is asked with."""
+    first: Version | None
+    """Whose rendering the base is asked with; None: the default one."""
+    versions: dict[str, Version] = field(default_factory=dict)
+    """What references mean, unless `open_engine` was told how to resolve them; may be added to and taken from."""
 
     def rendering(self, version: Version | None) -> Rendering:
         """How the training of what answers rendered its rows."""
-        recipe = (version or self.first).manifest.recipe
+        asked = version or self.first
+        recipe = asked.manifest.recipe if asked else None
         return recorded_rendering(recipe.config if recipe else {})
 
 
@@ -63,13 +67,13 @@ def find_base(
 ) -> Found:
     """The base that `versions` were trained on and its precision, without loading it.
 
-    `base` and `bits` override what the first version's manifest says. Raises BaseError when it cannot be found,
-    TuningError for a version that was trained for a task and does not answer in words.
+    `base` and `bits` override what the first version's manifest says; without versions, `base` says which one. Raises
+    BaseError when it cannot be found, TuningError for a version that was trained for a task and does not answer in
+    words.
     """
-    _check_answer(versions)
-    recorded = versions[0].manifest.base
-    spec = BaseSpec(source=base) if base else locate_again(recorded.source, recorded.revision, recorded.record, cache)
-    quant = quant_of(recorded.quantization or {}, bits)
+    check_answers(versions)
+    spec, recorded = _meant(versions, base, cache)
+    quant = quant_of(recorded, bits)
     located = locate(spec, cache, report)
     return Found(spec, located, quant, identify(located.folder, cache).fingerprint)
 
@@ -98,7 +102,7 @@ def open_engine(
         identity = fleet.identify(version.reference)
         if at < _TRIED and (seat := fleet.seat(identity)) is not None:
             fleet.release(seat)
-    return Opened(backbone, fleet, engine_over(fleet, limits), versions[0])
+    return Opened(backbone, fleet, engine_over(fleet, limits), versions[0] if versions else None, by_reference)
 
 
 def engine_over(fleet: Fleet, limits: Limits | None = None) -> Engine:
@@ -119,7 +123,20 @@ def engine_over(fleet: Fleet, limits: Limits | None = None) -> Engine:
     )
 
 
-def _check_answer(versions: Sequence[Version]) -> None:
+def _meant(versions: Sequence[Version], base: str | None, cache: Path) -> tuple[BaseSpec, Mapping[str, Any]]:
+    """The base that is asked for, and the quantization that its first adapter was trained with."""
+    recorded = versions[0].manifest.base if versions else None
+    quantization = (recorded.quantization if recorded else None) or {}
+    if base is not None:
+        return BaseSpec(source=base), quantization
+    if recorded is None:
+        raise BaseError(
+            "neither an adapter nor a base was named", expected="one of them", hint="--base embedded:smollm2-135m"
+        )
+    return locate_again(recorded.source, recorded.revision, recorded.record, cache), quantization
+
+
+def check_answers(versions: Sequence[Version]) -> None:
     """Raise TuningError, naming each, for versions with a task's head."""
     for_tasks = [(version, head) for version in versions if (head := head_of(version)) is not None]
     if for_tasks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class Ticket:
         self.cancelled = False
         self._pieces: deque[str] = deque()
         self._done = threading.Event()
+        self._told: Callable[[], None] | None = None
 
     @property
     def done(self) -> bool:
@@ -54,15 +56,27 @@ class Ticket:
         """Wait until another thread's engine is done with it; whether it is."""
         return self._done.wait(seconds)
 
+    def listen(self, told: Callable[[], None]) -> None:
+        """Have `told` called in the engine's thread when text has come, and when the answer has ended; and once now,
+        because both may have happened already. It must not raise."""
+        self._told = told
+        told()
+
     def push(self, piece: str) -> None:
         """Add text that is certain."""
         if piece:
             self._pieces.append(piece)
+            if told := self._told:
+                told()
 
     def close(self, completion: Completion, error: BaseException | None = None) -> None:
-        """Nothing more will come."""
+        """Nothing more will come. Only the first call counts."""
+        if self.done:
+            return
         self.completion, self.error = completion, error
         self._done.set()
+        if told := self._told:
+            told()
 
 
 @dataclass(eq=False)

@@ -1,0 +1,195 @@
+"""How a base writes calls of tools, read off its own chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.formats import Row
+from peftkit.data.template import Rendering, render
+from peftkit.errors import DataError
+from peftkit.serving.calls import Form, Inside, json_at
+
+# What the template is shown. No template contains these words; the ids are OpenAI's kind, and then Mistral's only kind.
+_FIRST, _SECOND = _NAMES = ("zq_first", "zq_second")
+_KEY, _VALUE = "zq_key", "zq_value"
+_ARGUMENTS = {_KEY: _VALUE}
+_SAID = "Zq said Zq"
+_IDS = (("call_zq0000001", "call_zq0000002"), ("zq0000001", "zq0000002"))
+_TOOL = {"name": "zq_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How a template wants turns with calls to be handed to it."""
+
+    text_arguments: bool = False
+    """Whether arguments are JSON in a string, as DeepSeek's have it, and not an object."""
+    short_ids: bool = False
+    """Whether it takes ids of nine letters and digits only, as Mistral's do."""
+
+    def turn(self, turn: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A turn as the template wants it."""
+        if not self.text_arguments or not turn.get("tool_calls"):
+            return turn
+        functions = [call["function"] for call in turn["tool_calls"]]
+        written = [{**function, "arguments": json.dumps(function["arguments"])} for function in functions]
+        calls = [{**call, "function": function} for call, function in zip(turn["tool_calls"], written, strict=True)]
+        return {**turn, "tool_calls": calls}
+
+
+_SPELLINGS = [Spelling(text, short) for short in (False, True) for text in (False, True)]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a template shows calls that were made."""
+
+    one: str
+    two: str | None
+    """None where it takes one call only."""
+    spelling: Spelling
+
+
+def shown(tokenizer: Tokenizer, rendering: Rendering) -> Shown:
+    """Show the template one call and two. Raises DataError when they would not be in a prompt."""
+    plain = _rendered(tokenizer, rendering, {"role": "assistant", "content": _SAID})
+    one, spelling = _first_taken(tokenizer, rendering)
+    try:
+        two: str | None = _rendered(tokenizer, rendering, _called(spelling, 2))
+    except DataError:
+        two = None
+    several = two is not None and _SECOND in two
+    return Shown(
+        one=_answer(one, plain, tokenizer),
+        two=_answer(two, plain, tokenizer) if two is not None and several else None,
+        spelling=spelling,
+    )
+
+
+def form_of(found: Shown, tokenizer: Tokenizer) -> Form:
+    """How calls are written. Raises DataError when nothing can tell where they begin and end."""
+    one, two, between = found.one, found.two, ""
+    calls = list(_objects(one, 0))
+    if calls:
+        start, end, value = calls[0]
+        inside = _inside(value)
+        begin, after_name, rest = one[:start], "", one[end:]
+        if two is not None:
+            both = list(_objects(two, start))
+            between = two[both[0][1] : both[1][0]] if len(both) > 1 else ""
+    else:
+        inside, named = None, one.index(_FIRST) + len(_FIRST)
+        end = _arguments_end(one, named)
+        begin, after_name, rest = one[: named - len(_FIRST)], one[named : one.index("{", named)], one[end:]
+        if two is not None:
+            between = two[_arguments_end(two, two.index(_FIRST)) : two.index(_SECOND)]
+        if not begin.strip():
+            raise _unusable("nothing stands before the name in a call")
+    written = one + (two or "")
+    return Form(
+        begin=begin.strip(),
+        between=between.strip(),
+        end=rest.strip(),
+        inside=inside,
+        after_name=after_name.strip(),
+        control=tuple(token for token in tokenizer.control if token in written),
+        short_ids=found.spelling.short_ids,
+    )
+
+
+def _first_taken(tokenizer: Tokenizer, rendering: Rendering) -> tuple[str, Spelling]:
+    """A conversation with one call, in the first spelling in which the template shows it."""
+    why: DataError | None = None
+    for spelling in _SPELLINGS:
+        try:
+            one = _rendered(tokenizer, rendering, _called(spelling, 1))
+        except DataError as error:
+            why = why or error
+            continue
+        if all(word in one for word in (_FIRST, _KEY, _VALUE)):
+            return one, spelling
+    if why is not None:
+        raise _unusable("it refuses a conversation with a call, or leaves the call out") from why
+    raise _unusable("a call in a conversation leaves no trace in its prompt")
+
+
+def _called(spelling: Spelling, count: int) -> Mapping[str, Any]:
+    calls = [
+        {"id": identity, "type": "function", "function": {"name": name, "arguments": _ARGUMENTS}}
+        for identity, name in zip(_IDS[spelling.short_ids], _NAMES[:count], strict=False)
+    ]
+    return spelling.turn({"role": "assistant", "content": "", "tool_calls": calls})
+
+
+def _rendered(tokenizer: Tokenizer, rendering: Rendering, answer: Mapping[str, Any]) -> str:
+    tools = ({"type": "function", "function": _TOOL},)
+    row = Row(messages=(), text=None, tools=tools, chat_template_kwargs={}, columns={}, where="this request")  # type: ignore[arg-type]
+    return render([{"role": "user", "content": "Zq"}, dict(answer)], row, tokenizer, rendering, prompt=False)
+
+
+def _answer(called: str, plain: str, tokenizer: Tokenizer) -> str:
+    """What a turn with calls says: where it differs from the same turn with words, up to the end of the turn."""
+    said = called[_alike(called, plain) :]
+    stops = [tokenizer.decode([token], skip_special_tokens=False) for token in tokenizer.stop_ids]
+    ends = [at for at in (said.find(stop) for stop in stops if stop) if at >= 0]
+    return said[: min(ends)] if ends else said[: len(said) - _alike(said[::-1], plain[::-1])]
+
+
+def _alike(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
+def _objects(said: str, at: int) -> Iterator[tuple[int, int, Any]]:
+    """Calls that are JSON, or a JSON list of them, from left to right: where each begins and ends."""
+    while at < len(said):
+        value, end = json_at(said, at) if said[at] in "{[" else (None, at)
+        if value is not None and _inside(value) is not None:
+            yield at, end, value
+            at = end
+        else:
+            at += 1
+
+
+def _inside(value: Any) -> Inside | None:
+    """Where a call's name and arguments stand in a JSON value; None when it is no call."""
+    call = value[0] if isinstance(value, list) and value else value
+    name = _path(call, lambda part: part in _NAMES)
+    arguments = _path(call, _is_arguments)
+    return None if name is None or arguments is None else Inside(name, arguments)
+
+
+def _is_arguments(part: Any) -> bool:
+    return bool(part == _ARGUMENTS) or (isinstance(part, str) and json_at(part, 0)[0] == _ARGUMENTS)
+
+
+def _path(value: Any, wanted: Callable[[Any], bool]) -> tuple[str, ...] | None:
+    """The keys to the first part of an object that is wanted."""
+    if wanted(value):
+        return ()
+    for key, part in value.items() if isinstance(value, dict) else ():
+        if (found := _path(part, wanted)) is not None:
+            return (key, *found)
+    return None
+
+
+def _arguments_end(said: str, at: int) -> int:
+    """Where the arguments end that stand as JSON behind a name."""
+    opened = said.find("{", at)
+    value, end = json_at(said, opened) if opened >= 0 else (None, 0)
+    if value != _ARGUMENTS:
+        raise _unusable("it does not write a call's arguments as JSON")
+    return end
+
+
+def _unusable(why: str) -> DataError:
+    return DataError(
+        f"the base's chat template cannot be used for tools: {why}",
+        expected="a template that writes calls of tools, with their arguments as JSON",
+        hint="ask without tools; response_format makes an answer JSON",
+    )

@@ -1,0 +1,284 @@
+"""An engine of this process behind the server: one thread steps it, and the event loop hears of what comes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from typing import TypeVar
+
+from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.template import Rendering
+from peftkit.errors import EngineBusy, PeftkitError
+from peftkit.generation.answer import stopped
+from peftkit.generation.limits import positions_of
+from peftkit.generation.opening import Opened, check_answers
+from peftkit.generation.requests import Completion, Request
+from peftkit.generation.running import Ticket
+from peftkit.registry.store import Version
+from peftkit.serving.answering import Load
+from peftkit.serving.known import Known
+from peftkit.serving.local_answer import LocalAnswer
+from peftkit.tuning.stored import read
+
+_IN_A_ROW = 3
+"""Steps in which the device's errors, which are RuntimeErrors, ended answers, and none came to its end: it is lost."""
+_AFTER_FAULT = 0.1
+"""Seconds before the next step when one raised: it may raise again and again."""
+_ATTEMPTS = 16
+"""Steps in which a version that is made ready may find no seat, before its files are read without one."""
+T = TypeVar("T")
+
+
+class LocalEngine:
+    """Answers over an opened engine, which nobody else may use any more."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._opened, self._engine, self._fleet = opened, opened.engine, opened.fleet
+        self._known = Known(opened.versions)
+        self._thread = threading.Thread(target=self._drive, name="peftkit-engine", daemon=True)
+        self._wake = threading.Condition()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._busy = self._stopping = False
+        self._submitted: deque[Ticket] = deque()
+        self._unfinished: list[Ticket] = []
+        self._fault: str | None = None
+        self._faults = 0
+        self._load = self._counted()
+        self._on_way: set[LocalAnswer] = set()
+        self._beginning = 0
+        self._late = False
+        self._idle = asyncio.Event()
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    @property
+    def base(self) -> str:
+        """Where the base comes from."""
+        return self._opened.backbone.base.portable
+
+    @property
+    def fingerprint(self) -> str:
+        """The base's digest."""
+        return self._opened.backbone.identity.fingerprint
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's."""
+        return self._opened.backbone.tokenizer
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens of a prompt with its answer."""
+        return positions_of(self._opened.backbone.model)
+
+    def rendering(self, version: Version | None) -> Rendering:
+        """How the training of what answers rendered its rows."""
+        return self._opened.rendering(version)
+
+    async def prepare(self, version: Version) -> None:
+        """Check a version and load it. Raises PeftkitError, and then nothing has changed.
+
+        While answers on their way leave no seat for it, its files are read, and it is loaded when it is asked.
+        """
+        check_answers([version])
+        with self._known.during(version):
+            identity = await asyncio.to_thread(self._fleet.identify, version.reference)
+            assert identity is not None
+            for _ in range(_ATTEMPTS):
+                if await self._between_steps(lambda: self._loaded(identity)):
+                    break
+            else:
+                await asyncio.to_thread(read, version)
+            self._known.keep(version)
+
+    async def forget(self, version: Version) -> None:
+        """A version is not answered under any name any more; answers on their way come to their end."""
+        self._known.drop(version)
+
+    async def begin(self, version: Version | None, request: Request) -> LocalAnswer:
+        """Queue a request. Raises EngineBusy when the queue is full or closed, and PeftkitError for what cannot be
+        answered as asked."""
+        self._beginning += 1
+        # Apart from the event loop: a schema is compiled, a version that was not asked before is looked at on disk.
+        work = asyncio.get_running_loop().run_in_executor(None, self._submit, version, request)
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.add_done_callback(self._abandon)
+            raise
+        except BaseException:
+            self._beginning -= 1
+            self._settle()
+            raise
+        return self._taken(work.result())
+
+    def load(self) -> Load:
+        """How busy it is now."""
+        return replace(self._load, running=self._engine.running, waiting=self._engine.waiting)
+
+    def trouble(self) -> str | None:
+        """Why it cannot answer anything at the moment; None while it can."""
+        return self._fault or (None if self._thread.is_alive() else "the engine does not run")
+
+    async def close(self, seconds: float) -> None:
+        """Take no more requests, finish those that were taken within so many seconds, cancel the rest, free all."""
+        self._engine.close()
+        self._settle()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            self._late = True
+            for answer in self._on_way:
+                answer.cancel()
+            await self._idle.wait()
+        if self._thread.is_alive():
+            with suppress(PeftkitError):  # seats that a lost device never gave back: they go with the process
+                await self._between_steps(self._fleet.close)
+            with self._wake:
+                self._stopping = True
+                self._wake.notify()
+            await asyncio.to_thread(self._thread.join)
+
+    # ---- in the event loop
+
+    async def _between_steps(self, job: Callable[[], T]) -> T:
+        """What a job gives that the engine's thread does between two steps."""
+        if not self._thread.is_alive():
+            raise EngineBusy("the engine has been closed", expected="a request before that")
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        with self._wake:
+            self._jobs.append(run)
+            self._wake.notify()
+        return await asyncio.wrap_future(future)
+
+    def _taken(self, ticket: Ticket) -> LocalAnswer:
+        self._beginning -= 1
+        self._idle.clear()
+        answer = LocalAnswer(ticket, self._ended)
+        self._on_way.add(answer)
+        if self._late:
+            answer.cancel()
+        return answer
+
+    def _abandon(self, work: asyncio.Future[Ticket]) -> None:
+        """Nobody waits for what was just submitted."""
+        if work.cancelled() or work.exception() is not None:
+            self._beginning -= 1
+            self._settle()
+        else:
+            self._taken(work.result()).cancel()
+
+    def _ended(self, answer: LocalAnswer) -> None:
+        self._on_way.discard(answer)
+        self._settle()
+
+    def _settle(self) -> None:
+        if not self._beginning and not self._on_way:
+            self._idle.set()
+        else:
+            self._idle.clear()
+
+    # ---- in other threads
+
+    def _submit(self, version: Version | None, request: Request) -> Ticket:
+        with self._known.during(version) if version is not None else nullcontext():
+            ticket = self._engine.submit(replace(request, adapter=version.reference if version else None))
+        self._submitted.append(ticket)
+        with self._wake:
+            self._busy = True
+            self._wake.notify()
+        return ticket
+
+    def _loaded(self, version: Version) -> bool:
+        seat = self._fleet.seat(version)
+        if seat is None:
+            return False
+        self._fleet.release(seat)
+        return True
+
+    # ---- in the engine's thread
+
+    def _drive(self) -> None:
+        while self._wanted():
+            while self._jobs:
+                self._jobs.popleft()()
+            more = self._step()
+            self._load = self._counted()
+            with self._wake:
+                self._busy |= more
+
+    def _wanted(self) -> bool:
+        """Wait until there is something to do; False when there never will be."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._busy or self._jobs or self._stopping)
+            self._busy = False
+            return not self._stopping
+
+    def _step(self) -> bool:
+        try:
+            more = self._engine.step()
+        except BaseException as error:
+            # Whatever it is, this thread is the only one that there is: who waits hears of it, and it goes on.
+            self._fault = str(stopped(error))
+            self._faults += 1
+            self._fail(error)
+            time.sleep(_AFTER_FAULT)
+            return True
+        self._look()
+        return more
+
+    def _look(self) -> None:
+        """How the answers ended that this step ended."""
+        ended = [ticket for ticket in self._current() if ticket.done]
+        self._unfinished = [ticket for ticket in self._unfinished if not ticket.done]
+        broken = [ticket.error for ticket in ended if isinstance(ticket.error, RuntimeError)]
+        if any(ticket.completion and ticket.completion.finish in ("stop", "length") for ticket in ended):
+            self._faults = 0
+        elif broken:
+            self._faults += 1
+        if self._faults < _IN_A_ROW:
+            self._fault = None
+        elif broken:
+            self._fault = str(stopped(broken[0]))
+
+    def _fail(self, error: BaseException) -> None:
+        """End all answers on their way; the next step takes away what they hold."""
+        for ticket in self._current():
+            ticket.cancel()
+            failed = Completion("", [], stopped=False, finish="failed", adapter=ticket.reference, error=str(error))
+            ticket.close(failed, error)
+        self._unfinished = []
+
+    def _current(self) -> list[Ticket]:
+        while self._submitted:
+            self._unfinished.append(self._submitted.popleft())
+        return self._unfinished
+
+    def _counted(self) -> Load:
+        """Counted here, since it waits for whatever is just loaded."""
+        known = self._fleet.statistics()
+        return Load(
+            resident=known.resident,
+            hits=known.hits,
+            misses=known.from_host.count + known.from_disk.count,
+            miss_seconds=known.from_host.seconds + known.from_disk.seconds,
+            evictions=known.evictions,
+            adapter_bytes=known.bytes,
+        )

@@ -1,0 +1,182 @@
+"""Answers as OpenAI's clients read them: whole, or chunk by chunk."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftkit.base.tokenizer import Tokenizer
+from peftkit.generation.requests import Completion
+from peftkit.serving.calls import Call
+from peftkit.serving.tokens import token_bytes, token_text
+
+_LEAST = -9999.0  # OpenAI's for what is next to impossible; JSON has no infinity
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One whole answer."""
+
+    completion: Completion
+    content: str
+    """Its text, without what became calls."""
+    calls: Sequence[Call] = ()
+    logprobs: bool = False
+    """Whether log-probabilities were asked for."""
+    before: str = ""
+    """The prompt, where the answer repeats it."""
+
+    @property
+    def finish(self) -> str:
+        """Why it ended, in OpenAI's words."""
+        return "tool_calls" if self.calls and self.completion.finish == "stop" else self.completion.finish
+
+
+@dataclass(frozen=True)
+class Head:
+    """What every object of one response has in common."""
+
+    chat: bool
+    model: str
+    """What answers: `name@version`, or the base."""
+    fingerprint: str
+    """Of the base."""
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, model: str, fingerprint: str, *, chat: bool) -> Head:
+        """A new one."""
+        return cls(chat, model, f"fp_{fingerprint[:12]}", f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}")
+
+    def whole(self, choices: Sequence[dict[str, Any]], usage: Mapping[str, int]) -> dict[str, Any]:
+        """A response that is not streamed."""
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self._common(kind), "choices": list(choices), "usage": dict(usage)}
+
+    def chunk(self, *choices: Mapping[str, Any], usage: Mapping[str, int] | None = None) -> bytes:
+        """One event of a stream."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return event({**self._common(kind), "choices": list(choices), **({"usage": dict(usage)} if usage else {})})
+
+    def _common(self, kind: str) -> dict[str, Any]:
+        common = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**common, "system_fingerprint": self.fingerprint}
+
+
+def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
+    """How much was read and written."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": tokens,
+        "total_tokens": prompt_tokens + tokens,
+    }
+
+
+def event(value: Mapping[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def chat_choice(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A whole answer in a conversation."""
+    content = None if choice.calls and not choice.content else choice.content
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if choice.calls:
+        message["tool_calls"] = [_call(call) for call in choice.calls]
+    logprobs = _chat_logprobs(choice, tokenizer)
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
+
+
+def chat_delta(index: int, delta: Mapping[str, Any]) -> dict[str, Any]:
+    """A piece of an answer in a conversation."""
+    return {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": None}
+
+
+def call_deltas(calls: Sequence[Call]) -> dict[str, Any]:
+    """Whole calls as the delta of a chunk."""
+    return {"tool_calls": [{"index": at, **_call(call)} for at, call in enumerate(calls)]}
+
+
+def chat_end(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The last chunk of an answer in a conversation, with the log-probabilities of all its tokens."""
+    logprobs = _chat_logprobs(choice, tokenizer)
+    return {"index": index, "delta": {}, "logprobs": logprobs, "finish_reason": choice.finish}
+
+
+def text_choice(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A whole text."""
+    logprobs = _text_logprobs(choice, tokenizer)
+    return {
+        "index": index,
+        "text": choice.before + choice.content,
+        "logprobs": logprobs,
+        "finish_reason": choice.finish,
+    }
+
+
+def text_delta(index: int, piece: str) -> dict[str, Any]:
+    """A piece of a text."""
+    return {"index": index, "text": piece, "logprobs": None, "finish_reason": None}
+
+
+def text_end(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The last chunk of a text, with the log-probabilities of all its tokens."""
+    return {"index": index, "text": "", "logprobs": _text_logprobs(choice, tokenizer), "finish_reason": choice.finish}
+
+
+def _chat_logprobs(choice: Choice, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    if not choice.logprobs:
+        return None
+    content = [
+        {
+            **_chat_token(each.token, each.value, tokenizer),
+            "top_logprobs": [_chat_token(token, value, tokenizer) for token, value in each.top],
+        }
+        for each in choice.completion.logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _text_logprobs(choice: Choice, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """The older form: lists, and where each token begins in the text. A prompt that is repeated has none."""
+    if not choice.logprobs:
+        return None
+    given, offsets, at = choice.completion.logprobs, [], 0
+    for each in given:
+        offsets.append(at)
+        at += len(token_text(each.token, tokenizer))
+    return {
+        "tokens": [_spelled(each.token, tokenizer) for each in given],
+        "token_logprobs": [_finite(each.value) for each in given],
+        "top_logprobs": [{_spelled(token, tokenizer): _finite(value) for token, value in each.top} for each in given],
+        "text_offset": offsets,
+    }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _chat_token(token: int, value: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    spelled = token_bytes(token, tokenizer)
+    as_list = None if spelled is None else list(spelled)
+    return {"token": token_text(token, tokenizer), "logprob": _finite(value), "bytes": as_list}
+
+
+def _spelled(token: int, tokenizer: Tokenizer) -> str:
+    """A token as OpenAI's texts spell it: bytes that are no whole character by their numbers."""
+    text, spelled = token_text(token, tokenizer), token_bytes(token, tokenizer)
+    if "\ufffd" not in text or spelled is None:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
+
+
+def _finite(value: float) -> float:
+    return max(value, _LEAST)

@@ -1,0 +1,93 @@
+"""An engine that answers what a test says: for answers that no tiny base writes, and for faults in their middle."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.template import Rendering
+from peftkit.generation.requests import Completion, Finish, Request
+from peftkit.registry.store import Version
+from peftkit.serving.answering import Load
+
+
+@dataclass
+class Scripted:
+    """Answers with `texts`, one after another; one that is an exception comes after a piece of text."""
+
+    tokenizer: Tokenizer
+    texts: list[str | Exception]
+    finish: Finish = "stop"
+    references: list[str | None] = field(default_factory=list)
+    """What the answers say they are of; None, the base, where there is nothing more."""
+    asked: list[Request] = field(default_factory=list)
+    begun: list[Said] = field(default_factory=list)
+
+    base = "scripted"
+    fingerprint = "ab" * 32
+    positions = None
+
+    def rendering(self, version: Version | None) -> Rendering:
+        return Rendering()
+
+    async def prepare(self, version: Version) -> None:
+        pass
+
+    async def forget(self, version: Version) -> None:
+        pass
+
+    async def begin(self, version: Version | None, request: Request) -> Said:
+        self.asked.append(request)
+        said = self.texts[(len(self.asked) - 1) % len(self.texts)]
+        if isinstance(said, Exception) and not said.args[1:]:
+            raise said
+        reference = self.references.pop(0) if self.references else None
+        self.begun.append(Said(self.tokenizer, said, self.finish, request, reference))
+        return self.begun[-1]
+
+    def load(self) -> Load:
+        return Load()
+
+    def trouble(self) -> str | None:
+        return None
+
+    async def close(self, seconds: float) -> None:
+        pass
+
+
+@dataclass
+class Said:
+    """One answer, in pieces of three characters."""
+
+    tokenizer: Tokenizer
+    said: str | Exception
+    finish: Finish
+    request: Request
+    reference: str | None
+    cancelled: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt)
+
+    async def pieces(self) -> AsyncIterator[str]:
+        if isinstance(self.said, Exception):
+            yield "so far "
+            raise self.said
+        text = self.tokenizer.decode(self.tokenizer.encode(self.said))
+        for piece in _cut(text):
+            yield piece
+
+    async def whole(self) -> Completion:
+        if isinstance(self.said, Exception):
+            raise self.said
+        ids = self.tokenizer.encode(self.said)
+        return Completion(self.tokenizer.decode(ids), ids, self.finish == "stop", self.finish)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def _cut(text: str) -> Sequence[str]:
+    return [text[at : at + 3] for at in range(0, len(text), 3)]

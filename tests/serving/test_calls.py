@@ -1,0 +1,253 @@
+"""How templates write calls of tools is read off them, and answers are read by that."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serving.tool_templates import CONTROL, LLAMA3, READABLE, XML, tokenizer_with
+from tiny_bases import CHATML
+
+from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.formats import Row
+from peftkit.data.template import Rendering, render
+from peftkit.errors import DataError
+from peftkit.generation.constrain import Grammar
+from peftkit.generation.requests import Completion
+from peftkit.serving.call_forms import form_of, shown
+from peftkit.serving.calls import Form, Reading, forced_call, forced_schema, new_id
+from peftkit.serving.turns import Tools
+
+PLAIN = Rendering()
+EMPTY: dict[str, Any] = {"type": "object", "properties": {}}
+TOOLS = tuple(
+    {"type": "function", "function": {"name": n, "description": "", "parameters": EMPTY}} for n in ("f", "g-1")
+)
+AUTO = Tools(TOOLS, "auto")
+NAMES = ("zq_first", "zq_second")
+ASKED = tuple({"type": "function", "function": {"name": name, "parameters": EMPTY}} for name in NAMES)
+CALLS = [("f", {"city": "Málaga", "days": [1, 2]}), ("g-1", {"a": {"b": "}"}})]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {name: tokenizer_with(folder / name, text, CONTROL.get(name)) for name, text in READABLE.items()}
+
+
+def written(
+    tokenizer: Tokenizer, calls: list[tuple[str, dict[str, Any]]], content: str = "", short: bool = False
+) -> str:
+    """What a model answers that writes calls as its template does."""
+    made = [{"id": new_id(short=short), "type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content, "tool_calls": made}]
+    row = Row(messages=(), text=None, tools=TOOLS, chat_template_kwargs={}, columns={}, where="test")  # type: ignore[arg-type]
+    whole = render(turns, row, tokenizer, PLAIN, prompt=False)
+    prompt = render(turns[:1], row, tokenizer, PLAIN, prompt=True)
+    assert whole.startswith(prompt)
+    said = whole[len(prompt) :]
+    stop = tokenizer.decode([tokenizer.stop_ids[0]], skip_special_tokens=False)
+    return said[: said.index(stop)]
+
+
+@cache
+def _form(tokenizer: Tokenizer) -> Form:
+    return form_of(shown(tokenizer, PLAIN), tokenizer)
+
+
+def read(tokenizer: Tokenizer, text: str, tools: Tools = AUTO, size: int = 1) -> tuple[str, list[tuple[str, Any]]]:
+    """Content and calls of an answer that comes in pieces, as a stream gives it out."""
+    ids = tokenizer.encode(text)
+    completion = Completion(tokenizer.decode(ids), ids, True)
+    reading = Reading(tools, _form(tokenizer) if tools.choice == "auto" else None)
+    pieces = [completion.text[at : at + size] for at in range(0, len(completion.text), size)]
+    content = "".join(reading.add(piece) for piece in pieces)
+    rest, calls = reading.finish(completion, tokenizer)
+    assert len({call.id for call in calls}) == len(calls)
+    return content + rest, [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+@pytest.mark.parametrize("name", READABLE)
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_calls_are_read_as_the_template_writes_them(tokenizers: dict[str, Tokenizer], name: str, size: int) -> None:
+    tokenizer = tokenizers[name]
+    form = form_of(shown(tokenizer, PLAIN), tokenizer)
+    for calls in CALLS[:1], CALLS[1:], CALLS:
+        if name == "llama3" and len(calls) > 1:
+            with pytest.raises(DataError, match="single tool-calls"):
+                written(tokenizer, calls)
+            continue
+        text = written(tokenizer, calls, short=form.short_ids)
+        content, found = read(tokenizer, text, size=size)
+        assert found == calls
+        assert content.replace("<think>", "").replace("</think>", "").strip() == ""
+
+
+@pytest.mark.parametrize("name", ["hermes", "qwen3", "mistral-args", "deepseek", "function-tag"])
+def test_text_before_calls_is_content(tokenizers: dict[str, Tokenizer], name: str) -> None:
+    content, found = read(tokenizers[name], written(tokenizers[name], CALLS, "I < look."))
+    assert found == CALLS
+    assert content.rpartition("</think>")[2].strip() == "I < look."
+
+
+def test_a_stream_gives_out_text_at_once_until_a_call_may_begin(tokenizers: dict[str, Tokenizer]) -> None:
+    reading = Reading(AUTO, _form(tokenizers["hermes"]))
+    assert [reading.add(piece) for piece in ("a", " b ", "c <", "tool", " x", " <tool_call>", "{")] == [
+        "a", " b", " c", "", " <tool x", "", "",
+    ]  # fmt: skip
+
+
+def test_json_is_a_call_at_the_beginning_only_where_nothing_stands_before_calls(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
+    said = '{"name": "f", "parameters": {"a": 1}}'
+    assert read(tokenizers["llama3"], said) == ("", [("f", {"a": 1})])
+    assert read(tokenizers["llama3"], f"Use {said}") == (f"Use {said}", [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1}',  # cut off
+        '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>',
+        '<tool_call>\n{"name": "f"}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": 5}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": NaN}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": ' + "[" * 5000 + "]" * 5000 + "}}\n</tool_call>",
+        '<tool_call>\n{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}\n</tool_call>",
+        "<tool_call>",
+        "ends in <tool_ca",
+    ],
+)
+def test_what_is_no_whole_call_stays_text(tokenizers: dict[str, Tokenizer], text: str) -> None:
+    assert read(tokenizers["hermes"], text, size=50) == (text, [])
+
+
+def test_a_broken_call_between_whole_ones_stays_text(tokenizers: dict[str, Tokenizer]) -> None:
+    good, bad = '<tool_call>{"name": "f", "arguments": {}}</tool_call>', '<tool_call>{"name": 3}</tool_call>'
+    content, calls = read(tokenizers["hermes"], f"{good}{bad}{good} and more")
+    assert (content, calls) == (f"{bad} and more", [("f", {}), ("f", {})])
+
+
+def test_one_call_at_most_when_several_are_not_wanted(tokenizers: dict[str, Tokenizer]) -> None:
+    text = written(tokenizers["hermes"], CALLS)
+    assert read(tokenizers["hermes"], text, Tools(TOOLS, "auto", parallel=False)) == ("", CALLS[:1])
+
+
+def test_without_tools_nothing_is_a_call(tokenizers: dict[str, Tokenizer]) -> None:
+    text = written(tokenizers["hermes"], CALLS)
+    assert read(tokenizers["hermes"], text, Tools()) == (text, [])
+
+
+@given(text=st.text(st.sampled_from('<tool_call>/{}":fag, \n'), max_size=60), size=st.integers(1, 9))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_text_is_lost_however_it_comes(tokenizers: dict[str, Tokenizer], text: str, size: int) -> None:
+    for name in ("hermes", "llama3", "mistral-args", "function-tag"):
+        content, calls = read(tokenizers[name], text, size=size)
+        assert (content, calls) == read(tokenizers[name], text, size=10_000)
+        assert calls or content == text
+
+
+def test_ids_are_of_the_kind_that_the_template_takes_back(tokenizers: dict[str, Tokenizer]) -> None:
+    assert {name for name, tokenizer in tokenizers.items() if shown(tokenizer, PLAIN).spelling.short_ids} == {"mistral"}
+    ids = {new_id() for _ in range(50)}
+    assert len(ids) == 50
+    assert all(each.startswith("call_") for each in ids)
+    assert all(len(new_id(short=True)) == 9 for _ in range(50))
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "arguments"),
+    [
+        ("qwen2_5", "<tool_call>", "arguments"),
+        ("qwen3", "<tool_call>", "arguments"),
+        ("llama3_1", "", "parameters"),
+        ("llama3_2", "", "parameters"),
+        ("deepseekv3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>", None),
+    ],
+)
+def test_templates_that_ship_with_trl_are_read(tmp_path: Path, name: str, begin: str, arguments: str | None) -> None:
+    found = importlib.util.find_spec("trl")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    file = Path(found.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja"
+    tokenizer = tokenizer_with(tmp_path, file.read_text(encoding="utf-8"))
+    form = _form(tokenizer)
+    assert form.begin == begin
+    assert (form.inside.arguments if form.inside else None) == ((arguments,) if arguments else None)
+    taken = shown(tokenizer, PLAIN)
+    assert taken.spelling.text_arguments == (name == "deepseekv3")
+    said = read(tokenizer, taken.two or taken.one, Tools(ASKED, "auto"))
+    assert said == ("", [(name, {"zq_key": "zq_value"}) for name in NAMES[: 2 if taken.two else 1]])
+
+
+def test_a_turn_with_calls_may_end_in_a_token_of_its_own(tmp_path: Path) -> None:
+    """As Llama 3.1 ends them in <|eom_id|>: what follows the call is no part of how it is written."""
+    tokenizer = tokenizer_with(tmp_path, LLAMA3.replace("{{ '}<|im_end|>' }}", "{{ '}<|endoftext|>' }}"))
+    tokenizer = replace(tokenizer, stop_ids=(2, 0))
+    assert _form(tokenizer).end == ""
+    assert read(tokenizer, '{"name": "f", "parameters": {}}') == ("", [("f", {})])
+
+
+@pytest.mark.parametrize("template", [XML, CHATML, None])
+def test_templates_that_cannot_be_read_are_refused(tmp_path: Path, template: str | None) -> None:
+    tokenizer = tokenizer_with(tmp_path, template)
+    with pytest.raises(DataError):
+        form_of(shown(tokenizer, PLAIN), tokenizer)
+    if template is XML:
+        assert shown(tokenizer, PLAIN).one.startswith("<function=")
+    else:
+        with pytest.raises(DataError):
+            shown(tokenizer, PLAIN)
+
+
+def test_plain_rendering_knows_no_tools(tokenizers: dict[str, Tokenizer]) -> None:
+    with pytest.raises(DataError):
+        shown(tokenizers["hermes"], Rendering(template="plain"))
+
+
+def test_an_answer_that_must_be_a_call_follows_its_schema(tokenizers: dict[str, Tokenizer]) -> None:
+    city = {"$defs": {"c": {"enum": ["Paris", "Rome"]}}, "type": "object", "required": ["city"],
+            "properties": {"city": {"$ref": "#/$defs/c"}}, "additionalProperties": False}  # fmt: skip
+    listed = (TOOLS[0], {"type": "function", "function": {"name": "where", "parameters": city}})
+    tokenizer = tokenizers["hermes"]
+    grammar = Grammar.of(forced_schema(Tools(listed, "required")), tokenizer)
+
+    def allowed(text: str) -> bool:
+        constraint = grammar.start()
+        for token in tokenizer.encode(text):
+            if not constraint.mask(300)[token]:
+                return False
+            constraint.accept(token)
+        return constraint.may_stop
+
+    assert allowed('{"name": "where", "arguments": {"city": "Rome"}}')
+    assert allowed('{"name": "f", "arguments": {}}')
+    assert not allowed('{"name": "where", "arguments": {"city": "Oslo"}}')
+    assert not allowed('{"name": "where", "arguments": {}}')
+    assert not allowed('{"name": "h", "arguments": {}}')
+    assert list(Tools(listed, "required", "f").parameters) == ["f"]
+
+
+def test_a_forced_call_is_whole_or_text() -> None:
+    names = frozenset({"f"})
+    found = forced_call(' {"name": "f", "arguments": {"a": 1}} ', names)
+    assert found is not None
+    assert (found.name, json.loads(found.arguments)) == ("f", {"a": 1})
+    for broken in (
+        '{"name": "f", "arguments": {',
+        '{"name": "g", "arguments": {}}',
+        '{"name": "f", "arguments": []}',
+        "",
+    ):
+        assert forced_call(broken, names) is None
+    reading = Reading(Tools(TOOLS, "required"), None)
+    assert reading.add('{"name": "f"') == ""
+    assert reading.finish(Completion("", [], False, "length"), None) == ('{"name": "f"', [])  # type: ignore[arg-type]

@@ -1,0 +1,198 @@
+"""What an engine may do to an answer on its way, as OpenAI's client sees it: calls, faults, names that change hands."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from serving.scripted import Scripted
+from serving.tool_templates import DEEPSEEK, HERMES, MISTRAL, tokenizer_with
+
+from peftkit.base.tokenizer import Tokenizer
+from peftkit.errors import GenerationError
+from peftkit.registry.store import Registry
+from peftkit.serving.app import create_app
+from peftkit.serving.host import Host
+from peftkit.serving.spec import ServeSpec
+
+HI: Any = [{"role": "user", "content": "hi"}]
+TOOLS: Any = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+    for name in ("f", "g")
+]
+CALLS = (
+    '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_with(tmp_path_factory.mktemp("hermes"), HERMES)
+
+
+@asynccontextmanager
+async def asking(engine: Scripted, folder: Path, **spec: Any) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's client of an application over a scripted engine, without a socket between them."""
+    settings = ServeSpec.model_validate({"follow_seconds": 0, **spec})
+    app = create_app(Host(engine, Registry(folder), settings), settings, runs=folder)
+    transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False, client=("127.0.0.1", 5))
+    async with httpx2.AsyncClient(transport=transport) as http:
+        yield openai.AsyncOpenAI(base_url="http://127.0.0.1:8000/v1", api_key="x", max_retries=0, http_client=http)
+
+
+async def told(client: openai.AsyncOpenAI, stream: bool, **fields: Any) -> tuple[str, list[Any], str]:
+    """Content, calls and reason for the end of the first answer."""
+    given: Any = await client.chat.completions.create(model="base", messages=HI, stream=stream, **fields)
+    if not stream:
+        choice = given.choices[0]
+        return choice.message.content or "", choice.message.tool_calls or [], choice.finish_reason
+    content, calls, finish = "", list[Any](), ""
+    async for chunk in given:
+        choice = chunk.choices[0]
+        content += choice.delta.content or ""
+        calls += choice.delta.tool_calls or []
+        finish = choice.finish_reason or finish
+    return content, calls, finish
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("said", "content", "names", "finish"),
+    [
+        (CALLS, "", ["f", "g"], "tool_calls"),
+        (f"I look.\n{CALLS}", "I look.", ["f", "g"], "tool_calls"),
+        ("No <tool", "No <tool", [], "stop"),
+        ('<tool_call>{"name": "f"', '<tool_call>{"name": "f"', [], "stop"),
+    ],
+)
+def test_calls_in_answers(
+    tokenizer: Tokenizer, tmp_path: Path, stream: bool, said: str, content: str, names: list[str], finish: str
+) -> None:
+    async def scene() -> None:
+        async with asking(Scripted(tokenizer, [said]), tmp_path) as client:
+            found, calls, end = await told(client, stream, tools=TOOLS)
+            assert (found, [call.function.name for call in calls], end) == (content, names, finish)
+            if calls:
+                assert json.loads(calls[0].function.arguments) == {"a": 1}
+                assert all(call.id.startswith("call_") for call in calls)
+            again, calls, _ = await told(client, stream, tools=TOOLS, parallel_tool_calls=False)
+            assert (again, len(calls)) == (content, min(1, len(names)))
+            untouched, calls, _ = await told(client, stream, tools=TOOLS, tool_choice="none")
+            assert (untouched, calls) == (said, [])
+
+    asyncio.run(scene())
+
+
+def test_a_conversation_with_calls_goes_on_as_its_template_wants_it(tmp_path: Path) -> None:
+    """Mistral's templates take ids of nine characters only, so such ids are given."""
+    tokenizer = tokenizer_with(tmp_path / "mistral", MISTRAL, ["[TOOL_CALLS]"])
+    engine = Scripted(tokenizer, ['[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]'])
+
+    async def scene() -> str:
+        async with asking(engine, tmp_path) as client:
+            given = await client.chat.completions.create(model="base", messages=HI, tools=TOOLS)
+            message = given.choices[0].message
+            assert message.content is None
+            call = (message.tool_calls or [])[0]
+            result: Any = {"role": "tool", "tool_call_id": call.id, "content": "42"}
+            await client.chat.completions.create(
+                model="base", messages=[*HI, message.model_dump(), result], tools=TOOLS
+            )
+            return call.id
+
+    identity = asyncio.run(scene())
+    prompt = tokenizer.decode(list(engine.asked[-1].prompt), skip_special_tokens=False)
+    assert f'[TOOL_CALLS] [{{"name": "f", "arguments": {{"a": 1}}, "id": "{identity}"}}]' in prompt
+    assert "[TOOL_RESULTS] 42" in prompt
+    assert len(identity) == 9
+
+
+def test_a_template_that_reads_arguments_as_text_gets_them_so(tmp_path: Path) -> None:
+    template = DEEPSEEK.replace("(c.function.arguments | tojson)", "c.function.arguments")
+    tokenizer = tokenizer_with(tmp_path / "deepseek", template)
+    engine = Scripted(tokenizer, ["yes"])
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    said: Any = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c1", "content": "42"}]
+
+    async def scene() -> None:
+        async with asking(engine, tmp_path) as client:
+            await client.chat.completions.create(model="base", messages=[*HI, *said])
+
+    asyncio.run(scene())
+    assert 'f\n```json\n{"a": 1}\n```' in tokenizer.decode(list(engine.asked[-1].prompt))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("fault", [GenerationError("no more memory", hint=""), RuntimeError("a secret", "later")])
+def test_a_fault_in_the_middle_is_an_error_event_and_stops_the_others(
+    tokenizer: Tokenizer, tmp_path: Path, n: int, fault: Exception
+) -> None:
+    engine = Scripted(tokenizer, ["fine " * 50, "fine " * 50, fault] if n > 1 else [fault])
+    if isinstance(fault, GenerationError):
+        fault.args = (*fault.args, "later")
+
+    async def scene() -> None:
+        async with asking(engine, tmp_path) as client:
+            with pytest.raises(openai.APIError) as caught:
+                await told(client, True, n=n)
+            assert ("internal error" in str(caught.value)) == isinstance(fault, RuntimeError)
+            assert "secret" not in str(caught.value)
+            assert all(said.cancelled for said in engine.begun)
+            with pytest.raises(openai.InternalServerError) as whole:
+                await told(client, False, n=n)
+            assert whole.value.status_code == 500
+            assert "secret" not in str(whole.value)
+
+    asyncio.run(scene())
+
+
+def test_when_one_of_several_cannot_begin_the_others_are_stopped(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    engine = Scripted(tokenizer, ["a", "b", GenerationError("no")])
+
+    async def scene() -> None:
+        async with asking(engine, tmp_path) as client:
+            for call in (
+                client.chat.completions.create(model="base", messages=HI, n=3),
+                client.completions.create(model="base", prompt=["x", "y", "z"]),
+            ):
+                with pytest.raises(openai.InternalServerError, match="no"):
+                    await call
+                assert all(said.cancelled for said in engine.begun)
+
+    asyncio.run(scene())
+    assert len(engine.begun) == 4
+
+
+def test_all_answers_to_a_request_are_of_one_version(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    engine = Scripted(tokenizer, ["a"], references=["t@1", "t@2", "t@2", "t@2"])
+
+    async def scene() -> None:
+        async with asking(engine, tmp_path) as client:
+            found = await client.chat.completions.create(model="base", messages=HI, n=2)
+            assert found.model == "t@2"
+
+    asyncio.run(scene())
+    assert [said.reference for said in engine.begun if said.cancelled][:2] == ["t@1", "t@2"]
+    assert len(engine.begun) == 4
+
+
+def test_an_answer_that_the_end_of_the_server_cut_off_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    engine = Scripted(tokenizer, ["so far"], finish="cancelled")
+
+    async def scene() -> None:
+        async with asking(engine, tmp_path) as client:
+            with pytest.raises(openai.InternalServerError) as caught:
+                await told(client, False)
+            assert (caught.value.status_code, caught.value.code) == (503, "shutting_down")
+            with pytest.raises(openai.APIError, match="shut down"):
+                await told(client, True)
+
+    asyncio.run(scene())
