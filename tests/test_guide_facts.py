@@ -13,7 +13,7 @@ import pytest
 from typer.main import get_command
 
 from peftkit.cli.main import app
-from peftkit.serving import asked
+from peftkit.serving.openai import asked
 from peftkit.serving.spec import ServeSpec
 from peftkit.training.spec import MEMORY_PRESETS, TrainSpec
 

@@ -25,7 +25,16 @@ def block(language: str, containing: str) -> str:
 
 
 def test_every_block_is_covered_here() -> None:
-    assert sorted(kind for kind, _ in BLOCKS) == ["", "console", "console", "console", "console", "json", "python"]
+    assert sorted(kind for kind, _ in BLOCKS) == [
+        "",
+        "console",
+        "console",
+        "console",
+        "console",
+        "console",
+        "json",
+        "python",
+    ]
 
 
 def test_make_targets_exist() -> None:
@@ -118,6 +127,10 @@ def test_the_tree_names_every_module() -> None:
         "work",
         "sweeping",
         "few_shot",
+        "openai",
+        "http",
+        "vllm",
+        "page",
     )
     missing = [
         str(p.relative_to(ROOT))
@@ -180,7 +193,7 @@ def test_every_command_is_in_the_table() -> None:
     from peftkit.cli.main import app
 
     names = sorted(get_command(app).commands)
-    assert len(names) == 33
+    assert len(names) == 34
     missing = [name for name in names if not re.search(rf"`(peftkit )?{name}\b", README)]
     assert not missing
 

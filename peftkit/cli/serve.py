@@ -67,7 +67,7 @@ def serve(
 
     Example: peftkit serve tickets sql@prod --port 8080
     """
-    from peftkit.serving.listening import bind
+    from peftkit.serving.http.listening import bind
     from peftkit.serving.spec import ServeSpec
 
     settings = ServeSpec.of(
@@ -95,7 +95,7 @@ def serve(
     with Reporter(as_json=as_json) as reporter, bind(settings) as listening:
         with extra("serve", "serving"):
             from peftkit.serving.host import Host
-            from peftkit.serving.server import Server, run
+            from peftkit.serving.http.server import Server, run
         from peftkit.generation.limits import Limits  # torch: seconds
         from peftkit.generation.opening import find_base
 
@@ -160,7 +160,7 @@ def _key(file: Path | None, option: str, variable: str) -> str | None:
 
 def _in_words(report: Report) -> Report:
     """A report that tells of requests in lines of text."""
-    from peftkit.serving.guard import Served
+    from peftkit.serving.http.guard import Served
 
     def told(event: Event) -> None:
         if isinstance(event, Served):

@@ -13,8 +13,8 @@ from starlette.routing import Route
 from peftkit.errors import PeftkitError
 from peftkit.registry.layout import parse_reference
 from peftkit.registry.store import Registry
-from peftkit.serving.fields import Fields
 from peftkit.serving.host import Host, Model
+from peftkit.serving.openai.fields import Fields
 
 _RECORDS = 99_999_999  # the numbers of an alias's records have 8 digits
 

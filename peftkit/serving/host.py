@@ -17,8 +17,8 @@ from peftkit.registry.layout import check_alias, parse_reference
 from peftkit.registry.store import Registry, Version
 from peftkit.serving.answering import Answer, Answering, Load
 from peftkit.serving.binding import Binding
-from peftkit.serving.failures import Draining
 from peftkit.serving.names import Model
+from peftkit.serving.openai.failures import Draining
 from peftkit.serving.spec import ServeSpec
 
 __all__ = ["Host", "Model"]

@@ -19,9 +19,9 @@ from peftkit.events import Event
 from peftkit.generation.limits import Limits
 from peftkit.generation.opening import Opened, find_base, open_engine
 from peftkit.serving.host import Host
-from peftkit.serving.listening import bind
+from peftkit.serving.http.listening import bind
+from peftkit.serving.http.server import Server as HttpServer
 from peftkit.serving.local import LocalEngine
-from peftkit.serving.server import Server as HttpServer
 from peftkit.serving.spec import ServeSpec
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from serving.bodies import CALLED, CHAT, MESSAGES, TEXT, TOOL, changed
 
 from peftkit.generation.requests import Request, Sampling
-from peftkit.serving.asked import Chat, Text, read_chat, read_text
-from peftkit.serving.failures import Refused
+from peftkit.serving.openai.asked import Chat, Text, read_chat, read_text
+from peftkit.serving.openai.failures import Refused
 from peftkit.serving.spec import ServeSpec
 
 SPEC = ServeSpec(max_new_tokens=100, default_new_tokens=50)

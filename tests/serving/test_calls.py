@@ -21,9 +21,9 @@ from peftkit.data.template import Rendering, render
 from peftkit.errors import DataError
 from peftkit.generation.constrain import Grammar
 from peftkit.generation.requests import Completion
-from peftkit.serving.call_forms import form_of, shown
-from peftkit.serving.calls import Form, Reading, forced_call, forced_schema, new_id
-from peftkit.serving.turns import Tools
+from peftkit.serving.openai.call_forms import form_of, shown
+from peftkit.serving.openai.calls import Form, Reading, forced_call, forced_schema, new_id
+from peftkit.serving.openai.turns import Tools
 
 PLAIN = Rendering()
 EMPTY: dict[str, Any] = {"type": "object", "properties": {}}

@@ -18,8 +18,8 @@ from serving.tool_templates import DEEPSEEK, HERMES, MISTRAL, tokenizer_with
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.errors import GenerationError
 from peftkit.registry.store import Registry
-from peftkit.serving.app import create_app
 from peftkit.serving.host import Host
+from peftkit.serving.http.app import create_app
 from peftkit.serving.spec import ServeSpec
 
 HI: Any = [{"role": "user", "content": "hi"}]

@@ -15,8 +15,8 @@ from serving.server_lab import SECONDS, Server, ask, serving, until
 
 from peftkit.errors import ConfigError
 from peftkit.events import Warned
-from peftkit.serving import trust
-from peftkit.serving.guard import Served
+from peftkit.serving.http import trust
+from peftkit.serving.http.guard import Served
 from peftkit.serving.spec import ServeSpec
 
 pytestmark = pytest.mark.loopback

@@ -28,7 +28,7 @@ from peftkit.errors import (
 from peftkit.generation.requests import Completion, Request
 from peftkit.registry.manifest import Draft
 from peftkit.registry.store import Registry, Version
-from peftkit.serving.failures import Draining
+from peftkit.serving.openai.failures import Draining
 
 PROMPT = numbers(20, 1)
 FEW = Request((), max_new_tokens=6)

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +30,11 @@ PROMPT = numbers(20, 1)
 @pytest.fixture(scope="module")
 def three(lab: Lab) -> dict[str, Version]:
     return {name: lab.lora(name, 40 + i) for i, name in enumerate(("one", "two", "three"))}
+
+
+def _hold(held: threading.Event, until: threading.Event) -> None:
+    held.set()
+    until.wait()
 
 
 def live_bytes() -> int:
@@ -202,8 +208,9 @@ def test_a_device_that_is_lost_is_trouble_until_it_answers_again(lab: Lab, three
         async with hosted(lab, ["one"]) as stage:
             hook = stage.opened.fleet.bank.model.register_forward_pre_hook(broken)
             for i in range(3):
-                together = threading.Event()
-                waiting = asyncio.create_task(stage.engine._between_steps(together.wait))
+                held, together = threading.Event(), threading.Event()
+                waiting = asyncio.create_task(stage.engine._between_steps(partial(_hold, held, together)))
+                await asyncio.to_thread(held.wait)
                 answers = [await stage.begin("one", numbers(9, j + 9 * i)) for j in range(4)]
                 assert stage.host.trouble() is None, "four that fail in one pass are one failure"
                 together.set()

@@ -25,10 +25,10 @@ from peftkit.errors import (
     RegistryError,
 )
 from peftkit.generation.requests import Completion, Logprob
-from peftkit.serving.calls import Call
-from peftkit.serving.failures import Draining, Refused, answer_for
-from peftkit.serving.tokens import token_bytes, token_text
-from peftkit.serving.told import (
+from peftkit.serving.openai.calls import Call
+from peftkit.serving.openai.failures import Draining, Refused, answer_for
+from peftkit.serving.openai.tokens import token_bytes, token_text
+from peftkit.serving.openai.told import (
     Choice,
     Head,
     call_deltas,

@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import json
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -45,18 +44,6 @@ T = TypeVar("T")
 SECONDS = 30.0
 PROMPT = (70, 71, 72)
 LIMITS = Limits(rows=4, waiting=4)
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for all tests; what these connect to is a socket in a folder."""
-    true = socket.socket.connect
-
-    def connect(self: socket.socket, address: Any) -> None:
-        assert self.family == socket.AF_UNIX, f"a test tried to reach the network: {address!r}"
-        true(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
 
 
 class Vllm:

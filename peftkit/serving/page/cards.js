@@ -1,9 +1,11 @@
 // A card for every served adapter: what it is, what was measured, where it comes from, which names lead to it.
 
-const served = { base: "", models: [] };
+const served = { base: "", models: [], asked: 0 };
 
 async function loadCards() {
+  const turn = ++served.asked;
   const found = await json("/cards");
+  if (turn !== served.asked) return; // asked again meanwhile: an older answer must not be drawn over a newer one
   Object.assign(served, found);
   byId("base").textContent = clean(found.base);
   drawModels(found.base, found.models.map((card) => card.model));

@@ -19,8 +19,8 @@ from peftkit.registry.lineage import lineage
 from peftkit.registry.store import Registry
 from peftkit.runs.page import run_page
 from peftkit.runs.status import RunStatus, list_runs, load_run
-from peftkit.serving.failures import Refused
 from peftkit.serving.host import Host, Model
+from peftkit.serving.openai.failures import Refused
 from peftkit.serving.page.card import card, row
 from peftkit.serving.page.document import document
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from pydantic import SecretStr
 
-from peftkit.serving.failures import Refused
+from peftkit.serving.openai.failures import Refused
 from peftkit.serving.spec import ServeSpec, is_loopback
 
 _READS = ("GET", "HEAD", "OPTIONS")

@@ -14,15 +14,14 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from peftkit.errors import PeftkitError
-from peftkit.serving.asked import Asked, Chat, Text, read_chat, read_text
-from peftkit.serving.call_forms import Spelling, form_of, shown
-from peftkit.serving.calls import Form, Reading
-from peftkit.serving.failures import Refused, answer_for, failure_of
-from peftkit.serving.flight import Deadline, Ended, Flight, Left, OnWay, begin, unless_left
 from peftkit.serving.host import Host
 from peftkit.serving.metrics import Metrics
-from peftkit.serving.spec import ServeSpec
-from peftkit.serving.told import (
+from peftkit.serving.openai.asked import Asked, Chat, Text, read_chat, read_text
+from peftkit.serving.openai.call_forms import Spelling, form_of, shown
+from peftkit.serving.openai.calls import Form, Reading
+from peftkit.serving.openai.failures import Refused, answer_for, failure_of
+from peftkit.serving.openai.flight import Deadline, Ended, Flight, Left, OnWay, begin, unless_left
+from peftkit.serving.openai.told import (
     DONE,
     Choice,
     Head,
@@ -36,7 +35,8 @@ from peftkit.serving.told import (
     text_end,
     usage,
 )
-from peftkit.serving.turns import Tools
+from peftkit.serving.openai.turns import Tools
+from peftkit.serving.spec import ServeSpec
 
 A = TypeVar("A", bound=Asked)
 _LEFT = 499  # nginx's, for logs: nobody reads it

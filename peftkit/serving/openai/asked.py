@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peftkit.generation.requests import Request, Sampling
-from peftkit.serving.calls import forced_schema
-from peftkit.serving.fields import Fields, kind, shown
+from peftkit.serving.openai.calls import forced_schema
+from peftkit.serving.openai.fields import Fields, kind, shown
+from peftkit.serving.openai.turns import Tools, read_messages, read_tools
 from peftkit.serving.spec import ServeSpec
-from peftkit.serving.turns import Tools, read_messages, read_tools
 
 MOST_CHOICES = 128
 """Answers to one request: `n` times its prompts. It is OpenAI's bound of `n`."""

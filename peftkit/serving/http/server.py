@@ -14,10 +14,10 @@ from types import FrameType
 import uvicorn
 
 from peftkit.events import Note, Report, silent
-from peftkit.serving.app import create_app
-from peftkit.serving.connection import Connection
 from peftkit.serving.host import Host
-from peftkit.serving.listening import address_of
+from peftkit.serving.http.app import create_app
+from peftkit.serving.http.connection import Connection
+from peftkit.serving.http.listening import address_of
 from peftkit.serving.spec import ServeSpec
 
 _HEAD_BYTES = 16 * 1024  # of a request line and its headers

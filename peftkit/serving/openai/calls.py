@@ -12,7 +12,7 @@ from typing import Any
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.generation.requests import Completion
-from peftkit.serving.turns import Tools
+from peftkit.serving.openai.turns import Tools
 
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")

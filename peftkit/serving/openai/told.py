@@ -11,8 +11,8 @@ from typing import Any
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.generation.requests import Completion
-from peftkit.serving.calls import Call
-from peftkit.serving.tokens import token_bytes, token_text
+from peftkit.serving.openai.calls import Call
+from peftkit.serving.openai.tokens import token_bytes, token_text
 
 _LEAST = -9999.0  # OpenAI's for what is next to impossible; JSON has no infinity
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peftkit.canonical import strict_json
-from peftkit.serving.failures import Refused
+from peftkit.serving.openai.failures import Refused
 
 _DEEPEST = 100
 """Levels of a body. Deeper ones reach Python's limit of 1000 frames where they are read, or written into a prompt."""

@@ -12,7 +12,7 @@ from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.formats import Row
 from peftkit.data.template import Rendering, render
 from peftkit.errors import DataError
-from peftkit.serving.calls import Form, Inside, json_at
+from peftkit.serving.openai.calls import Form, Inside, json_at
 
 # What the template is shown. No template contains these words; the ids are OpenAI's kind, and then Mistral's only kind.
 _FIRST, _SECOND = _NAMES = ("zq_first", "zq_second")

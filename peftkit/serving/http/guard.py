@@ -13,8 +13,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from peftkit.events import Event, Report, Warned
-from peftkit.serving import trust
-from peftkit.serving.failures import Draining, Refused, answer_for
+from peftkit.serving.http import trust
+from peftkit.serving.openai.failures import Draining, Refused, answer_for
 from peftkit.serving.spec import ServeSpec
 
 _WHILE_DRAINING = ("/health", "/metrics")

@@ -12,11 +12,12 @@ from starlette.responses import Response
 
 from peftkit.errors import PeftkitError
 from peftkit.events import Report, silent
-from peftkit.serving import adapters, completions, health
-from peftkit.serving.failures import Refused, answer_for
-from peftkit.serving.guard import Guard
+from peftkit.serving import adapters, health
 from peftkit.serving.host import Host
+from peftkit.serving.http.guard import Guard
 from peftkit.serving.metrics import Metrics
+from peftkit.serving.openai import completions
+from peftkit.serving.openai.failures import Refused, answer_for
 from peftkit.serving.page import routes as page
 from peftkit.serving.spec import ServeSpec
 

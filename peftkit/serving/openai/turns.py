@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from peftkit.canonical import strict_json
-from peftkit.serving.fields import Fields, kind, shown
+from peftkit.serving.openai.fields import Fields, kind, shown
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # OpenAI's rule for names of functions

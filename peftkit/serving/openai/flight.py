@@ -12,10 +12,10 @@ from starlette.requests import Request as HttpRequest
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.serving.answering import Answer
-from peftkit.serving.calls import Reading
-from peftkit.serving.failures import Draining, Refused
 from peftkit.serving.metrics import Watch
-from peftkit.serving.told import Choice
+from peftkit.serving.openai.calls import Reading
+from peftkit.serving.openai.failures import Draining, Refused
+from peftkit.serving.openai.told import Choice
 
 _ATTEMPTS = 8
 """Times to begin again because a name changed hands between two answers to one request."""

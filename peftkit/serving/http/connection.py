@@ -7,7 +7,7 @@ import asyncio
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from peftkit.serving.failures import Refused, answer_for
+from peftkit.serving.openai.failures import Refused, answer_for
 from peftkit.serving.spec import ServeSpec
 
 _SPARE = 64  # connections over the limit that are told so; more are closed without a word
