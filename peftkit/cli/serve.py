@@ -52,6 +52,9 @@ def serve(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Requests answered at once.")] = 16,
     waiting: Annotated[int, typer.Option("--waiting", min=0, help="Requests that may wait; the next gets 429.")] = 256,
     max_body: Annotated[int, typer.Option("--max-body", metavar="MIB", min=1, help="Of a request.")] = 1,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option("--max-prompt-tokens", min=1, help="Of a request; else the base's positions.")
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", min=1, help="The most that a request may ask for.")
     ] = 4096,
@@ -81,6 +84,7 @@ def serve(
             "rows": rows,
             "waiting": waiting,
             "max_body_bytes": max_body << 20,
+            "max_prompt_tokens": max_prompt_tokens,
             "max_new_tokens": max_new_tokens,
             "default_new_tokens": min(max_new_tokens, ServeSpec.model_fields["default_new_tokens"].default),
         }
@@ -102,13 +106,16 @@ def serve(
         report = reporter if as_json else _in_words(reporter)
         found = find_base(versions, cache, base=base, bits=bits, report=report)
 
-        async def opening() -> Server:
-            opened = _Opening(found, versions, store, cache, Limits(rows=rows, waiting=waiting), report)
-            answering = await opened.vllm(arguments) if engine == "vllm" else opened.local(other_base)
+        opening = _Opening(found, versions, store, cache, Limits(rows=rows, waiting=waiting), report)
+        # Outside of the event loop, where a signal would wait until all is loaded.
+        local = None if engine == "vllm" else opening.local(other_base)
+
+        async def opened() -> Server:
+            answering = local or await opening.vllm(arguments)
             root = locations.runs_root(runs).path
             return Server(Host(answering, store, settings), settings, listening, runs=root, report=report)
 
-        code = run(opening, named, lambda server: _ready(server, as_json))
+        code = run(opened, named, lambda server: _ready(server, as_json))
     if code:
         raise typer.Exit(code)
 

@@ -68,12 +68,9 @@ class Engine:
         with self._lock:
             if self._closed:
                 raise EngineBusy("the engine takes no more requests", expected="a request before it was closed")
-            if self.limits.waiting is not None and len(self._waiting) >= self.limits.waiting:
-                raise EngineBusy(
-                    f"{len(self._waiting)} requests are waiting",
-                    expected=f"fewer than {self.limits.waiting}",
-                    hint="try again when some have been answered",
-                )
+            if self.limits.waiting is not None:
+                seated = self._seated_now()
+                self.limits.check_room(len(seated), sum(id(each) not in seated for each in self._waiting))
             self._waiting.append(ticket)
         return ticket
 
@@ -125,7 +122,7 @@ class Engine:
         """Give rows to those who wait, first come first served, as long as there is room."""
         with self._lock:
             waiting = tuple(self._waiting)
-        seated = {id(row.ticket) for _, lane in self._lanes.values() for row in lane.rows}
+        seated = self._seated_now()
         for ticket in waiting:  # they count as waiting until they have a row: the queue is bounded by them
             if id(ticket) in seated:  # an interrupt came between getting a row and leaving the queue
                 self._take_out(ticket)
@@ -142,6 +139,10 @@ class Engine:
                 self._take_out(ticket)
             elif refused == "no room":
                 break  # nobody overtakes it, or it might wait for ever
+
+    def _seated_now(self) -> set[int]:
+        """The `id` of every ticket that has a row; one that has just got it may still stand in the queue."""
+        return {id(row.ticket) for _, lane in list(self._lanes.values()) for row in list(lane.rows)}
 
     def _seated(self, ticket: Ticket) -> Literal["no room", "read later"] | None:
         """Begin a row; or say that there is no seat or no memory, or that its beginning is just being read."""
@@ -171,8 +172,7 @@ class Engine:
         if self._positions is None:
             return ticket.request.max_new_tokens
         prompt = len(ticket.request.prompt)
-        room = self._positions - lane.virtual_tokens - prompt
-        if room < 1:
+        if (room := self._positions - lane.virtual_tokens - prompt) < 1:
             raise GenerationError(
                 f"the prompt has {prompt} tokens, and the adapter puts {lane.virtual_tokens} before it",
                 expected=f"fewer than the base's {self._positions} positions in all",

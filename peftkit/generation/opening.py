@@ -52,9 +52,13 @@ class Opened:
 
     def rendering(self, version: Version | None) -> Rendering:
         """How the training of what answers rendered its rows."""
-        asked = version or self.first
-        recipe = asked.manifest.recipe if asked else None
-        return recorded_rendering(recipe.config if recipe else {})
+        return rendering_of(version or self.first)
+
+
+def rendering_of(version: Version | None) -> Rendering:
+    """How a version's training rendered its rows; the default where nothing says."""
+    recipe = version.manifest.recipe if version else None
+    return recorded_rendering(recipe.config if recipe else {})
 
 
 def find_base(

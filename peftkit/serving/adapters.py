@@ -22,7 +22,11 @@ _RECORDS = 99_999_999  # the numbers of an alias's records have 8 digits
 def routes(host: Host) -> list[Route]:
     """The routes of one host. What is wrong with a request is raised, and the application answers for it."""
 
-    async def shown(request: Request) -> Response:
+    async def shown_or_attached(request: Request) -> Response:
+        # One route: of two at one path, a wrong method would be told those of the first alone.
+        return await (attach(request) if request.method == "POST" else shown())
+
+    async def shown() -> Response:
         attached = host.models()[1:]
         return JSONResponse({"data": await asyncio.to_thread(_records, attached, host.registry)})
 
@@ -58,8 +62,7 @@ def routes(host: Host) -> list[Route]:
 
     alias = "/v1/adapters/{name}/aliases/{alias}"
     return [
-        Route("/v1/adapters", shown, methods=["GET"]),
-        Route("/v1/adapters", attach, methods=["POST"]),
+        Route("/v1/adapters", shown_or_attached, methods=["GET", "POST"]),
         Route("/v1/adapters/reload", reload, methods=["POST"]),
         Route("/v1/adapters/{model}", detach, methods=["DELETE"]),
         Route(alias, move, methods=["PUT"]),

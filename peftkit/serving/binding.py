@@ -6,17 +6,31 @@ import asyncio
 import difflib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from peftkit.errors import AdapterNotFound, PeftkitError
 from peftkit.generation.answer import stopped
 from peftkit.generation.opening import check_answers
 from peftkit.registry.aliases import readable
-from peftkit.registry.layout import check_name
+from peftkit.registry.layout import check_name, parse_reference
 from peftkit.registry.store import Registry, Version
 from peftkit.serving.answering import Answering
 from peftkit.serving.names import Model, Names
 
 _SHOWN = 20
+_LONGEST_PAUSE = 60
+"""Looks into the registry between two tries of what was refused; one a second is the default."""
+
+
+@dataclass
+class Refused:
+    """What a name was to answer with and could not."""
+
+    reference: str | None
+    """The version; None: the registry did not say one."""
+    pause: int = 1
+    looked: int = 0
+    """How often the registry has said the same since."""
 
 
 class Binding:
@@ -27,8 +41,8 @@ class Binding:
         self.swaps = 0
         """How often a name changed its version."""
         self._engine, self._registry = engine, registry
-        self._refused: dict[str, str | None] = {}
-        """Names in trouble, with the version that could not be loaded: only a change of it is news."""
+        self._refused: dict[str, Refused] = {}
+        """Names in trouble: a change of the version is news at once, the same one after growing pauses."""
 
     def resolve(self, name: str) -> Version:
         """What the registry says of a name. Raises what it raises, and TuningError for an adapter of a task."""
@@ -39,17 +53,30 @@ class Binding:
     async def attach(self, name: str) -> Model:
         """Answer to one more name; one that is attached already is renewed."""
         if self.names.get(name) is not None:
-            return await self.renew(name)
+            model = await self.renew(name)
+            self.names.show(name, True)
+            return model
         version = await asyncio.to_thread(self.resolve, name)
         await self._engine.prepare(version)
         return self.names.put(name, version)
 
+    async def keep(self, name: str) -> Model:
+        """Answer to an alias of an adapter that is attached, for as long as that is, without listing it."""
+        if (known := self.names.get(name)) is not None:
+            return known
+        if not self.names.is_listed(parse_reference(name).name):
+            raise self.unknown(name)
+        model = await self.attach(name)
+        self.names.show(name, False)
+        return model
+
     async def detach(self, name: str) -> None:
         """No longer answer to a name."""
-        model = self.served(name)
-        self.names.remove(name)
-        self._refused.pop(name, None)
-        await self._forget(model.version)
+        if not self.names.is_listed(name):
+            raise self.unknown(name)
+        for model in self.names.remove(name):
+            self._refused.pop(model.id, None)
+            await self._forget(model.version)
 
     async def renew(self, name: str) -> Model:
         """Look into the registry for a name. Raises what is wrong, which is the model's trouble then."""
@@ -61,7 +88,9 @@ class Binding:
             await self._engine.prepare(version)
         except Exception as error:
             self.names.trouble(name, _why(error))
-            self._refused[name] = tried
+            before = self._refused.get(name)
+            again = before is not None and before.reference == tried
+            self._refused[name] = Refused(tried, min(2 * before.pause, _LONGEST_PAUSE) if before and again else 1)
             raise
         await self._bind([name], version)
         return self.served(name)
@@ -79,7 +108,7 @@ class Binding:
         return await self._moved(alias, wanted, lambda: self._registry.restore(name, alias, to=number))
 
     async def news(self) -> list[str]:
-        """Names of which the registry says something that it did not say before."""
+        """Names of which the registry says something that it did not say before, or whose time it is to try again."""
         names = [model.id for model in self.names]
         found = await asyncio.to_thread(lambda: {name: self._looked_up(name) for name in names})
         return [name for name in names if self._is_news(name, found[name])]
@@ -93,7 +122,7 @@ class Binding:
 
     def unknown(self, name: str) -> AdapterNotFound:
         """The error for a name that is not served."""
-        served = [self._engine.base, *(model.id for model in self.names)]
+        served = [self._engine.base, *(model.id for model in self.names.listed)]
         near = difflib.get_close_matches(name, served, n=1)
         return AdapterNotFound(
             f"{name!r} is not served" + (f"; did you mean {near[0]!r}?" if near else ""),
@@ -106,7 +135,8 @@ class Binding:
         try:
             await self._engine.prepare(version)
             await asyncio.to_thread(write)
-            return await self._bind(self.names.following(version.name, alias), version)
+            changed = await self._bind(self.names.following(version.name, alias), version)
+            return [model for model in changed if self.names.is_listed(model.id)]
         finally:
             await self._forget(version)  # unless a name answers with it now, or did before
 
@@ -160,9 +190,13 @@ class Binding:
             return False
         if isinstance(found, str):
             return model.trouble != found
-        if model.answers_with(found):
-            return model.trouble is not None
-        return self._refused.get(name) != found.reference
+        if model.answers_with(found) and model.trouble is None:
+            return False
+        refused = self._refused.get(name)
+        if refused is None or refused.reference != found.reference:
+            return True
+        refused.looked += 1
+        return refused.looked >= refused.pause
 
 
 def _why(error: Exception) -> str:

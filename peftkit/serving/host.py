@@ -80,11 +80,12 @@ class Host:
 
     def models(self) -> list[Model]:
         """The base first, then the attached names in their order."""
-        return [self._base, *self._binding.names]
+        return [self._base, *self._binding.names.listed]
 
     async def find(self, model: str) -> Version | None:
         """What answers to a request's `model` now. The base is `base` or its source's name. An attached `tickets`
-        answers for `tickets@alias` and `tickets@version` too; an attached `sql@prod` for `sql@prod` alone.
+        answers for `tickets@alias` and `tickets@version` too; an attached `sql@prod` for `sql@prod` alone. An alias is
+        kept from its first request on, and followed as attached names are.
 
         Raises AdapterNotFound, naming what is served.
         """
@@ -94,22 +95,34 @@ class Host:
             return attached.version
         if self._binding.names.get(model.partition("@")[0]) is None:
             raise self._binding.unknown(model)
-        return await asyncio.to_thread(self._binding.resolve, model)
+        version = await asyncio.to_thread(self._binding.resolve, model)
+        if parse_reference(model).alias is None:
+            return version
+        return (await self._alone(lambda: self._binding.keep(model))).version
 
     async def chat(
         self, model: str, turns: Sequence[Mapping[str, Any]], like: Request, tools: Sequence[Mapping[str, Any]] = ()
     ) -> Answer:
         """Begin the next turn of a conversation, rendered as the adapter's training rendered its rows."""
-        version = await self._asked(model, like)
-        rendering = self.engine.rendering(version)
-        prompt = await asyncio.to_thread(prompt_of, turns, self.engine.tokenizer, rendering, tools)
-        return await self._begin(version, prompt, like)
+        version = await self.find(model)
+        return await self.begin(version, await self.rendered(version, turns, tools), like)
 
     async def complete(self, model: str, prompt: str | Sequence[int], like: Request) -> Answer:
         """Begin to go on with a text (with the tokenizer's BOS before it) or with token ids."""
-        version = await self._asked(model, like)
-        ids = await asyncio.to_thread(self._encoded, prompt) if isinstance(prompt, str) else tuple(prompt)
-        return await self._begin(version, ids, like)
+        version = await self.find(model)
+        return await self.begin(version, await self.encoded(prompt), like)
+
+    async def rendered(
+        self, version: Version | None, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> tuple[int, ...]:
+        """The prompt that a conversation is for a version which was found. Raises DataError."""
+        rendering = self.engine.rendering(version)
+        return await asyncio.to_thread(prompt_of, turns, self.engine.tokenizer, rendering, tools)
+
+    async def encoded(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        """The prompt that a text is, with the tokenizer's BOS before it; token ids stay what they are. Raises
+        DataError."""
+        return await asyncio.to_thread(self._encoded, prompt) if isinstance(prompt, str) else tuple(prompt)
 
     async def attach(self, name: str) -> Model:
         """Answer to one more name. One that is attached already is reloaded."""
@@ -130,7 +143,7 @@ class Host:
         for model in self._binding.names:
             with suppress(Exception):  # it is the model's trouble; AdapterNotFound: it was detached meanwhile
                 await self._alone(partial(self._binding.renew, model.id))
-        return list(self._binding.names)
+        return self._binding.names.listed
 
     async def move(self, name: str, alias: str, version: str) -> list[Model]:
         """Point an alias at a version, in the registry and for the names that it answers to; the version is loaded
@@ -149,19 +162,21 @@ class Host:
         if self._following is not None:
             self._following.cancel()
             await asyncio.wait([self._following])
-        async with self._one_at_a_time:
-            await self.engine.close(self.spec.drain_seconds)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.spec.drain_seconds
+        with suppress(TimeoutError):  # the change that is being made meets a closed engine then
+            async with asyncio.timeout_at(deadline), self._one_at_a_time:
+                pass
+        await self.engine.close(max(0.0, deadline - loop.time()))
 
     # ---- requests
 
-    async def _asked(self, model: str, like: Request) -> Version | None:
-        if like.max_new_tokens > (most := self.spec.max_new_tokens):
+    async def begin(self, version: Version | None, prompt: tuple[int, ...], like: Request) -> Answer:
+        """Begin an answer of a version that was found, whatever its name means by now: any number to one prompt."""
+        if like.max_new_tokens > (most_new := self.spec.max_new_tokens):
             raise ConfigError(
-                [f"{like.max_new_tokens} new tokens are asked for: take at most {most}"], where="the request"
+                [f"{like.max_new_tokens} new tokens are asked for: take at most {most_new}"], where="the request"
             )
-        return await self.find(model)
-
-    async def _begin(self, version: Version | None, prompt: tuple[int, ...], like: Request) -> Answer:
         most = self.spec.max_prompt_tokens
         if most is not None and len(prompt) > most:
             raise ConfigError([f"the prompt has {len(prompt)} tokens: take at most {most}"], where="the request")
@@ -191,8 +206,13 @@ class Host:
 
         task = asyncio.create_task(alone())
         self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
+        task.add_done_callback(self._changed)
         return await asyncio.shield(task)
+
+    def _changed(self, task: asyncio.Task[Any]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked may have gone: asyncio would say that nobody looked at it
 
     async def _follow(self) -> None:
         while True:

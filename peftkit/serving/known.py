@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 
 from peftkit.registry.store import Version
@@ -18,6 +18,7 @@ class Known:
         self._versions = versions
         self._kept: set[str] = set()
         self._asked: Counter[str] = Counter()
+        self._leaving: dict[str, Version] = {}
         self._lock = threading.Lock()
 
     def keep(self, version: Version) -> None:
@@ -31,6 +32,24 @@ class Known:
         with self._lock:
             self._kept.discard(version.reference)
             self._clean(version.reference)
+            self._leaving[version.reference] = version
+
+    def leave(self, version: Version) -> None:
+        """Count one as dropped that could not be made ready, unless it is kept."""
+        with self._lock:
+            self._leaving[version.reference] = version
+
+    def left(self, asked: Callable[[], Set[str | None]]) -> list[Version]:
+        """Versions that were dropped, each once, when neither anybody is asking them nor they are among `asked`, which
+        is looked at after that."""
+        if not self._leaving:
+            return []
+        with self._lock:
+            unknown = [version for version in self._leaving.values() if version.reference not in self._versions]
+            gone = [version for version in unknown if version.reference not in asked()]
+            for reference in (*self._kept, *(version.reference for version in gone)):
+                self._leaving.pop(reference, None)
+        return gone
 
     @contextmanager
     def during(self, version: Version) -> Iterator[None]:

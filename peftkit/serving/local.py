@@ -32,6 +32,7 @@ _AFTER_FAULT = 0.1
 """Seconds before the next step when one raised: it may raise again and again."""
 _ATTEMPTS = 16
 """Steps in which a version that is made ready may find no seat, before its files are read without one."""
+_CLOSED, _BEFORE = "the engine has been closed", "a request before that"
 T = TypeVar("T")
 
 
@@ -51,7 +52,7 @@ class LocalEngine:
         self._faults = 0
         self._load = self._counted()
         self._on_way: set[LocalAnswer] = set()
-        self._beginning = 0
+        self._beginning: dict[asyncio.Future[Ticket], asyncio.Future[LocalAnswer]] = {}
         self._late = False
         self._idle = asyncio.Event()
 
@@ -89,36 +90,41 @@ class LocalEngine:
         While answers on their way leave no seat for it, its files are read, and it is loaded when it is asked.
         """
         check_answers([version])
-        with self._known.during(version):
-            identity = await asyncio.to_thread(self._fleet.identify, version.reference)
-            assert identity is not None
-            for _ in range(_ATTEMPTS):
-                if await self._between_steps(lambda: self._loaded(identity)):
-                    break
-            else:
-                await asyncio.to_thread(read, version)
-            self._known.keep(version)
+        try:
+            with self._known.during(version):
+                identity = await asyncio.to_thread(self._fleet.identify, version.reference)
+                assert identity is not None
+                for _ in range(_ATTEMPTS):
+                    if await self._between_steps(lambda: self._loaded(identity)):
+                        break
+                else:
+                    await asyncio.to_thread(read, version)
+                self._known.keep(version)
+        except BaseException:
+            self._known.leave(version)
+            self._go_on()
+            raise
 
     async def forget(self, version: Version) -> None:
         """A version is not answered under any name any more; answers on their way come to their end."""
         self._known.drop(version)
+        self._go_on()
 
     async def begin(self, version: Version | None, request: Request) -> LocalAnswer:
         """Queue a request. Raises EngineBusy when the queue is full or closed, and PeftkitError for what cannot be
         answered as asked."""
-        self._beginning += 1
+        loop = asyncio.get_running_loop()
         # Apart from the event loop: a schema is compiled, a version that was not asked before is looked at on disk.
-        work = asyncio.get_running_loop().run_in_executor(None, self._submit, version, request)
+        work = loop.run_in_executor(None, self._submit, version, request)
+        begun: asyncio.Future[LocalAnswer] = loop.create_future()
+        self._beginning[work] = begun
+        work.add_done_callback(self._begun)
         try:
-            await asyncio.shield(work)
+            return await begun
         except asyncio.CancelledError:
-            work.add_done_callback(self._abandon)
+            if begun.done() and not begun.cancelled() and begun.exception() is None:
+                begun.result().cancel()  # whoever asked left at the very moment
             raise
-        except BaseException:
-            self._beginning -= 1
-            self._settle()
-            raise
-        return self._taken(work.result())
 
     def load(self) -> Load:
         """How busy it is now."""
@@ -137,23 +143,22 @@ class LocalEngine:
                 await self._idle.wait()
         except TimeoutError:
             self._late = True
+            for begun in self._beginning.values():
+                if not begun.done():
+                    begun.set_exception(EngineBusy(_CLOSED, expected=_BEFORE))
             for answer in self._on_way:
                 answer.cancel()
+            self._settle()
             await self._idle.wait()
         if self._thread.is_alive():
             with suppress(PeftkitError):  # seats that a lost device never gave back: they go with the process
-                await self._between_steps(self._fleet.close)
-            with self._wake:
-                self._stopping = True
-                self._wake.notify()
+                await self._between_steps(self._fleet.close, last=True)
             await asyncio.to_thread(self._thread.join)
 
     # ---- in the event loop
 
-    async def _between_steps(self, job: Callable[[], T]) -> T:
-        """What a job gives that the engine's thread does between two steps."""
-        if not self._thread.is_alive():
-            raise EngineBusy("the engine has been closed", expected="a request before that")
+    async def _between_steps(self, job: Callable[[], T], *, last: bool = False) -> T:
+        """What a job gives that the engine's thread does between two steps; it ends after the last one."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -164,33 +169,33 @@ class LocalEngine:
                     future.set_exception(error)
 
         with self._wake:
+            if self._stopping or not self._thread.is_alive():
+                raise EngineBusy(_CLOSED, expected=_BEFORE)
             self._jobs.append(run)
+            self._stopping = last
             self._wake.notify()
         return await asyncio.wrap_future(future)
 
-    def _taken(self, ticket: Ticket) -> LocalAnswer:
-        self._beginning -= 1
-        self._idle.clear()
-        answer = LocalAnswer(ticket, self._ended)
-        self._on_way.add(answer)
-        if self._late:
-            answer.cancel()
-        return answer
-
-    def _abandon(self, work: asyncio.Future[Ticket]) -> None:
-        """Nobody waits for what was just submitted."""
-        if work.cancelled() or work.exception() is not None:
-            self._beginning -= 1
-            self._settle()
+    def _begun(self, work: asyncio.Future[Ticket]) -> None:
+        """A request was submitted, or refused; whoever asked may have left, or have been given up."""
+        begun = self._beginning.pop(work)
+        error = asyncio.CancelledError() if work.cancelled() else work.exception()
+        if error is not None:
+            if not begun.done():
+                begun.set_exception(error)
+        elif self._late:
+            work.result().cancel()
         else:
-            self._taken(work.result()).cancel()
+            self._on_way.add(answer := LocalAnswer(work.result(), self._ended))
+            answer.cancel() if begun.done() else begun.set_result(answer)
+        self._settle()
 
     def _ended(self, answer: LocalAnswer) -> None:
         self._on_way.discard(answer)
         self._settle()
 
     def _settle(self) -> None:
-        if not self._beginning and not self._on_way:
+        if not self._on_way and (self._late or not self._beginning):
             self._idle.set()
         else:
             self._idle.clear()
@@ -200,11 +205,14 @@ class LocalEngine:
     def _submit(self, version: Version | None, request: Request) -> Ticket:
         with self._known.during(version) if version is not None else nullcontext():
             ticket = self._engine.submit(replace(request, adapter=version.reference if version else None))
-        self._submitted.append(ticket)
+            self._submitted.append(ticket)  # whose version is known: it is not let go in between
+        self._go_on()
+        return ticket
+
+    def _go_on(self) -> None:
         with self._wake:
             self._busy = True
             self._wake.notify()
-        return ticket
 
     def _loaded(self, version: Version) -> bool:
         seat = self._fleet.seat(version)
@@ -217,12 +225,16 @@ class LocalEngine:
 
     def _drive(self) -> None:
         while self._wanted():
-            while self._jobs:
-                self._jobs.popleft()()
+            self._do_jobs()
             more = self._step()
             self._load = self._counted()
             with self._wake:
                 self._busy |= more
+        self._do_jobs()
+
+    def _do_jobs(self) -> None:
+        while self._jobs:
+            self._jobs.popleft()()
 
     def _wanted(self) -> bool:
         """Wait until there is something to do; False when there never will be."""
@@ -234,6 +246,8 @@ class LocalEngine:
     def _step(self) -> bool:
         try:
             more = self._engine.step()
+            for version in self._known.left(lambda: {each.reference for each in self._current() if not each.done}):
+                self._fleet.forget(version.id)
         except BaseException as error:
             # Whatever it is, this thread is the only one that there is: who waits hears of it, and it goes on.
             self._fault = str(stopped(error))

@@ -15,6 +15,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
 """The label of names that are not served, and of ends that are not listed."""
 _ENDS = frozenset({"stop", "length", "tool_calls", "cancelled", "failed"})
+_TOKENS = "Tokens of answers, of those that were cut off as far as they came; of failed ones none"
 _MOST_LABELS = 1000
 """Names that are told apart in a server's life: each costs about 40 series."""
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -30,9 +31,9 @@ class Metrics:
         counter = partial(Counter, namespace="peftkit", registry=self._registry)
         histogram = partial(Histogram, namespace="peftkit", registry=self._registry, labelnames=("model",))
         self.requests = counter("requests", "Requests that were taken, by how they ended", ("model", "end"))
-        self.not_taken = counter("refused", "Requests that were not taken, by HTTP status", ("status",))
+        self.not_taken = counter("refused", "Requests that were refused or failed, by HTTP status", ("status",))
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts", ("model",))
-        self.completion_tokens = counter("completion_tokens", "Tokens of answers", ("model",))
+        self.completion_tokens = counter("completion_tokens", _TOKENS, ("model",))
         self.disconnects = counter("disconnects", "Answers that were cut off: their client left, or time ran out")
         self.first_token = histogram("first_token_seconds", "Seconds until the first piece of text", buckets=_FIRST)
         self.request = histogram("request_seconds", "Seconds until an answer was whole", buckets=_WHOLE)
@@ -43,7 +44,7 @@ class Metrics:
         return Watch(self, self._label(model))
 
     def refused(self, status: int) -> None:
-        """A request was not taken."""
+        """A request was answered with a status from 400 on."""
         self.not_taken.labels(str(status)).inc()
 
     def text(self) -> bytes:
@@ -75,6 +76,10 @@ class Watch:
         if self._waits:
             self._waits = False
             self._metrics.first_token.labels(self._model).observe(time.perf_counter() - self._since)
+
+    def late(self, tokens: int) -> None:
+        """An answer that was cut off came to its end after the request; `ended` did not know its tokens."""
+        self._metrics.completion_tokens.labels(self._model).inc(tokens)
 
     def ended(self, finish: str, prompt_tokens: int, tokens: int) -> None:
         """It has ended; later calls count for nothing."""

@@ -33,9 +33,15 @@ class Names:
 
     def __init__(self) -> None:
         self._models: dict[str, Model] = {}
+        self._implicit: set[str] = set()
 
     def __iter__(self) -> Iterator[Model]:
         return iter(list(self._models.values()))
+
+    @property
+    def listed(self) -> list[Model]:
+        """Those that were attached by their name, and do not just answer because `tickets` is attached."""
+        return [model for name, model in self._models.items() if name not in self._implicit]
 
     def get(self, name: str) -> Model | None:
         """The model of a name, when it is attached."""
@@ -48,9 +54,19 @@ class Names:
         self._models[name] = Model(name, version, since)
         return self._models[name]
 
-    def remove(self, name: str) -> None:
-        """No longer answer to a name."""
-        del self._models[name]
+    def is_listed(self, name: str) -> bool:
+        """Whether a name was attached by itself."""
+        return name in self._models and name not in self._implicit
+
+    def show(self, name: str, listed: bool) -> None:
+        """Say whether a name is attached by itself."""
+        (self._implicit.discard if listed else self._implicit.add)(name)
+
+    def remove(self, name: str) -> list[Model]:
+        """No longer answer to a name, nor to those that answered because of it; returns them."""
+        gone = [name, *(each for each in self.of(name) if each in self._implicit)] if "@" not in name else [name]
+        self._implicit.difference_update(gone)
+        return [self._models.pop(each) for each in gone]
 
     def trouble(self, name: str, why: str) -> None:
         """Say why a name is not what the registry says."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from peftkit.cli import serve
+from peftkit.errors import ConfigError
+from peftkit.serving.spec import ServeSpec
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -47,6 +49,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(cli: Cli, arguments: l
     ("arguments", "said"),
     [
         (["--rows", "0"], "--rows"),
+        (["--max-prompt-tokens", "0"], "--max-prompt-tokens"),
         (["--engine", "other"], "--engine"),
         (["--api-key", "secret"], "No such option"),
         (["--", "--max-model-len", "100"], "only vLLM"),
@@ -58,6 +61,20 @@ def test_wrong_usage(cli: Cli, arguments: list[str], said: str) -> None:
     code, _, err = cli("serve", *arguments)
     assert code == 2
     assert said in err
+
+
+def test_limits_reach_the_settings(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"rows": 3, "waiting": 4, "max_body_bytes": 5 << 20, "max_prompt_tokens": 6, "max_new_tokens": 7}
+    taken: dict[str, object] = {}
+
+    def of(given: dict[str, object]) -> None:
+        taken.update(given)
+        raise ConfigError(["enough"])
+
+    monkeypatch.setattr(ServeSpec, "of", of)
+    options = ("--rows=3", "--waiting=4", "--max-body=5", "--max-prompt-tokens=6", "--max-new-tokens=7")
+    assert cli("serve", *options)[0] == 1
+    assert {name: taken[name] for name in limits} == limits
 
 
 def test_a_key_comes_from_its_file_or_the_environment_and_is_not_shown(

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,63 @@ def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(
         Grammar.of(schema, tiny)
     assert named in caught.value.problems[0]
     assert "json_schema" in str(caught.value)
+
+
+def many(count: int, **each: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{at}": each for at in range(count)}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        (many(2000), "2002 objects in it: take at most 2000"),
+        (many(15_000, type="string", pattern="^a[a-z]+$"), "take at most 65536"),
+        ({"enum": ["x" * 65_536]}, "65550 bytes: take at most 65536"),
+    ],
+)
+def test_a_schema_that_is_too_large_is_refused_before_it_is_compiled(
+    schema: dict[str, Any], said: str, tiny: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constrain._Compiler, "compile", lambda *_: pytest.fail("it was compiled"))
+    with pytest.raises(ConfigError) as caught:
+        Grammar.of(schema, tiny)
+    assert said in caught.value.problems[0]
+    assert "$defs" in str(caught.value)
+
+
+def test_a_schema_within_the_bounds_is_followed_however_many_properties_it_has(tiny: Tokenizer) -> None:
+    assert follows('{"p7": 1, "p1900": "x"}', many(1998), tiny).done
+
+
+def test_a_schema_that_compiles_and_cannot_be_followed_is_refused_at_once_and_in_one_line(tiny: Tokenizer) -> None:
+    branching = [{"anyOf": [{"type": "object", "properties": {f"a{i}_{j}": {}}} for j in range(3)]} for i in range(6)]
+    with pytest.raises(ConfigError, match="Current row has") as caught:
+        Grammar.of({"type": "array", "items": {"allOf": branching}}, tiny)
+    assert len(str(caught.value).splitlines()) == 2
+    assert len(str(caught.value)) < 400
+
+
+def test_what_llguidance_says_is_told_without_where_in_itself_it_was() -> None:
+    assert constrain._first_line("  panicked: no\n<backtrace>\n 0: rust_begin_unwind\n") == "panicked: no"
+    assert constrain._first_line("") == "no reason is given"
+    assert len(constrain._first_line("x" * 5000)) == 300
+
+
+def test_a_schema_that_is_known_does_not_wait_for_another_one_that_is_compiled(tiny: Tokenizer) -> None:
+    known = Grammar.of({"const": "known"}, tiny)
+    with ThreadPoolExecutor(1) as thread, constrain._compiler(tiny).busy:
+        again = thread.submit(Grammar.of, {"const": "known"}, tiny).result(timeout=20)
+    assert again.matcher is known.matcher
+
+
+def test_schemas_that_were_not_asked_for_longest_make_room(tiny: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constrain, "_SCHEMAS_KEPT", 2)
+    monkeypatch.setattr(constrain, "_compilers", type(constrain._compilers)())
+    first, second = Grammar.of({"const": 1}, tiny), Grammar.of({"const": 2}, tiny)
+    assert Grammar.of({"const": 1}, tiny).matcher is first.matcher
+    Grammar.of({"const": 3}, tiny)
+    assert Grammar.of({"const": 1}, tiny).matcher is first.matcher
+    assert Grammar.of({"const": 2}, tiny).matcher is not second.matcher
 
 
 @pytest.mark.parametrize("depth", [300, 450, 900, 100_000])

@@ -339,17 +339,47 @@ def test_a_ticket_that_is_cancelled_while_the_queue_is_looked_through_is_not_los
 
 def test_a_full_queue_refuses_and_a_closed_engine_finishes_what_it_has(model: Any, tokenizer: Tokenizer) -> None:
     engine = engine_of(model, tokenizer, rows=1, waiting=2)
-    tickets = [ask(engine, numbers(5, i), 3) for i in range(2)]
-    with pytest.raises(EngineBusy, match="2 requests are waiting"):
+    tickets = [ask(engine, numbers(5, i), 3) for i in range(3)]
+    with pytest.raises(EngineBusy, match="0 requests are answered and 3 wait"):
         ask(engine, numbers(5, 9), 3)
     engine.step()
-    tickets.append(ask(engine, numbers(5, 2), 3))
+    with pytest.raises(EngineBusy, match="1 requests are answered and 2 wait"):
+        ask(engine, numbers(5, 9), 3)
     engine.close()
     with pytest.raises(EngineBusy, match="no more requests"):
         ask(engine, numbers(5, 9), 3)
     engine.run()
     assert [ids(ticket) for ticket in tickets] == [alone(model, numbers(5, i), 3) for i in range(3)]
     assert not engine.step()
+
+
+@pytest.mark.parametrize(("rows", "waiting"), [(1, 0), (4, 0), (4, 1)])
+def test_a_burst_is_refused_only_when_there_is_neither_a_row_nor_a_place(
+    rows: int, waiting: int, model: Any, tokenizer: Tokenizer
+) -> None:
+    engine = engine_of(model, tokenizer, rows=rows, waiting=waiting)
+    for _ in range(2):
+        tickets = [ask(engine, numbers(5, i), 2) for i in range(rows + waiting)]
+        with pytest.raises(EngineBusy, match=f"expected: fewer than {rows + waiting} in all"):
+            ask(engine, numbers(5, 9), 2)
+        engine.run()
+        assert all(ids(ticket) for ticket in tickets)
+
+
+def test_who_has_just_got_a_row_is_counted_once(
+    model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(model, tokenizer, rows=2, waiting=0)
+    first, take_out, asked = ask(engine, numbers(5, 1), 2), Engine._take_out, list[Ticket]()
+
+    def asking(self: Engine, ticket: Ticket) -> None:
+        if ticket is first:
+            asked.append(ask(engine, numbers(5, 2), 2))
+        take_out(self, ticket)
+
+    monkeypatch.setattr(Engine, "_take_out", asking)
+    engine.run()
+    assert [ids(ticket) for ticket in (first, *asked)] == [alone(model, numbers(5, i), 2) for i in (1, 2)]
 
 
 def test_many_threads_may_submit_while_one_drives(model: Any, tokenizer: Tokenizer) -> None:
@@ -373,7 +403,7 @@ def test_many_threads_may_submit_while_one_drives(model: Any, tokenizer: Tokeniz
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        assert engine.waiting <= 3
+        assert engine.running + engine.waiting <= 4 + 3
         engine.step()
     assert len(found) == 24
     assert all(ids(ticket) == alone(model, ticket.request.prompt, 3) for ticket in found.values())
@@ -741,7 +771,7 @@ class Company(RuleBasedStateMachine):
     )
     def submit(self, name: str | None, prefix: int, rest: int, new: int) -> None:
         prompt = PREFIX[:prefix] + numbers(rest, rest)
-        if self.engine.waiting >= 6:
+        if self.engine.running + self.engine.waiting >= self.rows + 6:
             with pytest.raises(EngineBusy):
                 ask(self.engine, prompt, new, adapter=name)
         else:

@@ -107,7 +107,7 @@ def test_whoever_waits_for_a_row_counts_as_waiting(tokenizer: Tokenizer) -> None
                 refused.append(error)
             return None
 
-    engine = engine_of(Asking({None: tiny()}), tokenizer, waiting=2)
+    engine = engine_of(Asking({None: tiny()}), tokenizer, rows=1, waiting=1)
     for i in range(2):
         ask(engine, numbers(40, i), 1)
     for _ in range(3):

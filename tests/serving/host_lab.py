@@ -99,7 +99,7 @@ async def hosted(
         await host.start(names)
         yield stage
         await stage.idle()
-        assert set(opened.versions) == {model.version.reference for model in host.models() if model.version}
+        assert set(opened.versions) == {model.version.reference for model in host._binding.names if model.version}
     finally:
         async with asyncio.timeout(SECONDS):
             await host.close()

@@ -49,19 +49,32 @@ def command(lab: Lab, names: Sequence[str], *options: str) -> tuple[list[str], d
 
 
 @contextmanager
-def started(lab: Lab, names: Sequence[str], *options: str) -> Iterator[Process]:
+def started(lab: Lab, names: Sequence[str], *options: str, planted: str = "") -> Iterator[Process]:
     """Start one and wait until it listens; whatever happens, it is gone afterwards."""
-    arguments, environment = command(lab, names, *options)
-    errors = lab.folder / "serve.stderr"
-    with errors.open("w") as stderr:
-        popen = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True)
-    try:
+    with begun(lab, names, *options, planted=planted) as (popen, errors):
         assert popen.stdout is not None
         line = popen.stdout.readline()
         assert line, errors.read_text()
         said = json.loads(line)
         assert said["pid"] == popen.pid
         yield Process(popen, said["address"], said["models"], errors)
+
+
+@contextmanager
+def begun(
+    lab: Lab, names: Sequence[str], *options: str, planted: str = ""
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """Start one, and do not wait; with the file of its standard error. `planted` is Python that it runs before."""
+    (python, *arguments), environment = command(lab, names, *options)
+    if planted:
+        arguments = ["-c", f"{planted}\nfrom peftkit.cli.entry import run\nrun()", *arguments[2:]]
+    errors = lab.folder / "serve.stderr"
+    with errors.open("w") as stderr:
+        popen = subprocess.Popen(
+            [python, *arguments], env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
+    try:
+        yield popen, errors
     finally:
         popen.kill()
         popen.communicate()

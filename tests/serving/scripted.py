@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from peftkit.base.tokenizer import Tokenizer
@@ -19,8 +20,14 @@ class Scripted:
     tokenizer: Tokenizer
     texts: list[str | Exception]
     finish: Finish = "stop"
-    references: list[str | None] = field(default_factory=list)
-    """What the answers say they are of; None, the base, where there is nothing more."""
+    renderings: dict[str, Rendering] = field(default_factory=dict)
+    """Of adapters, by name, where they differ from the base's."""
+    endless: bool = False
+    """Whether an answer goes on until it is stopped."""
+    meanwhile: Callable[[], Awaitable[object]] | None = None
+    """What happens whenever an answer has begun."""
+    rendered: list[str | None] = field(default_factory=list)
+    """What was asked how it is rendered."""
     asked: list[Request] = field(default_factory=list)
     begun: list[Said] = field(default_factory=list)
 
@@ -29,7 +36,8 @@ class Scripted:
     positions = None
 
     def rendering(self, version: Version | None) -> Rendering:
-        return Rendering()
+        self.rendered.append(version.reference if version else None)
+        return self.renderings.get(version.name, Rendering()) if version else Rendering()
 
     async def prepare(self, version: Version) -> None:
         pass
@@ -42,9 +50,12 @@ class Scripted:
         said = self.texts[(len(self.asked) - 1) % len(self.texts)]
         if isinstance(said, Exception) and not said.args[1:]:
             raise said
-        reference = self.references.pop(0) if self.references else None
-        self.begun.append(Said(self.tokenizer, said, self.finish, request, reference))
-        return self.begun[-1]
+        reference = version.reference if version else None
+        answer = Said(self.tokenizer, said, self.finish, request, reference, self.endless)
+        self.begun.append(answer)
+        if self.meanwhile is not None:
+            await self.meanwhile()
+        return answer
 
     def load(self) -> Load:
         return Load()
@@ -65,7 +76,9 @@ class Said:
     finish: Finish
     request: Request
     reference: str | None
+    endless: bool = False
     cancelled: bool = False
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def prompt_tokens(self) -> int:
@@ -78,6 +91,8 @@ class Said:
         text = self.tokenizer.decode(self.tokenizer.encode(self.said))
         for piece in _cut(text):
             yield piece
+        if self.endless:
+            await self.stopped.wait()
 
     async def whole(self) -> Completion:
         if isinstance(self.said, Exception):
@@ -87,6 +102,7 @@ class Said:
 
     def cancel(self) -> None:
         self.cancelled = True
+        self.stopped.set()
 
 
 def _cut(text: str) -> Sequence[str]:

@@ -12,11 +12,14 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from generation.adapters_lab import Lab
 from serving.scripted import Scripted
-from serving.tool_templates import DEEPSEEK, HERMES, MISTRAL, tokenizer_with
+from serving.tool_templates import DEEPSEEK, FUNCTION_TAG, HERMES, MISTRAL, tokenizer_with
 
 from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.template import Rendering
 from peftkit.errors import GenerationError
+from peftkit.generation.constrain import _compiler as compiler_of
 from peftkit.registry.store import Registry
 from peftkit.serving.host import Host
 from peftkit.serving.http.app import create_app
@@ -42,7 +45,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 async def asking(engine: Scripted, folder: Path, **spec: Any) -> AsyncIterator[openai.AsyncOpenAI]:
     """OpenAI's client of an application over a scripted engine, without a socket between them."""
     settings = ServeSpec.model_validate({"follow_seconds": 0, **spec})
-    app = create_app(Host(engine, Registry(folder), settings), settings, runs=folder)
+    async with asking_of(Host(engine, Registry(folder), settings), folder) as client:
+        yield client
+
+
+@asynccontextmanager
+async def asking_of(host: Host, folder: Path) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The same of a host that has started."""
+    app = create_app(host, host.spec, runs=folder)
     transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False, client=("127.0.0.1", 5))
     async with httpx2.AsyncClient(transport=transport) as http:
         yield openai.AsyncOpenAI(base_url="http://127.0.0.1:8000/v1", api_key="x", max_retries=0, http_client=http)
@@ -50,7 +60,8 @@ async def asking(engine: Scripted, folder: Path, **spec: Any) -> AsyncIterator[o
 
 async def told(client: openai.AsyncOpenAI, stream: bool, **fields: Any) -> tuple[str, list[Any], str]:
     """Content, calls and reason for the end of the first answer."""
-    given: Any = await client.chat.completions.create(model="base", messages=HI, stream=stream, **fields)
+    asked = {"model": "base", "messages": HI, "stream": stream, **fields}
+    given: Any = await client.chat.completions.create(**asked)
     if not stream:
         choice = given.choices[0]
         return choice.message.content or "", choice.message.tool_calls or [], choice.finish_reason
@@ -171,17 +182,86 @@ def test_when_one_of_several_cannot_begin_the_others_are_stopped(tokenizer: Toke
     assert len(engine.begun) == 4
 
 
-def test_all_answers_to_a_request_are_of_one_version(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    engine = Scripted(tokenizer, ["a"], references=["t@1", "t@2", "t@2", "t@2"])
+@pytest.mark.parametrize("chat", [True, False])
+def test_all_answers_to_a_request_are_of_one_version_though_its_name_changes_hands(
+    tokenizer: Tokenizer, tmp_path: Path, lab: Lab, chat: bool
+) -> None:
+    versions = [lab.lora("flag", seed) for seed in (1, 2)]
+    lab.registry.tag(versions[0].reference, "prod")
+    engine = Scripted(tokenizer, ["a"])
+    host = Host(engine, lab.registry, ServeSpec(follow_seconds=0, waiting=64))
+
+    async def flip() -> None:
+        await host.move("flag", "prod", versions[len(engine.begun) % 2].id)
 
     async def scene() -> None:
-        async with asking(engine, tmp_path) as client:
-            found = await client.chat.completions.create(model="base", messages=HI, n=2)
-            assert found.model == "t@2"
+        await host.start(["flag@prod"])
+        engine.meanwhile = flip
+        async with asking_of(host, tmp_path) as client:
+            found: Any = (
+                await client.chat.completions.create(model="flag@prod", messages=HI, n=64)
+                if chat
+                else await client.completions.create(model="flag@prod", prompt="x", n=64)
+            )
+            assert (found.model, len(found.choices)) == (versions[0].reference, 64)
 
     asyncio.run(scene())
-    assert [said.reference for said in engine.begun if said.cancelled][:2] == ["t@1", "t@2"]
-    assert len(engine.begun) == 4
+    assert [said.reference for said in engine.begun] == [versions[0].reference] * 64
+    assert engine.rendered == [versions[0].reference] * chat
+    assert host.swaps == 64
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_are_read_and_handed_over_as_the_version_that_answers_writes_them(
+    tmp_path: Path, lab: Lab, stream: bool
+) -> None:
+    lab.lora("tagged", 1)
+    tokenizer = tokenizer_with(tmp_path / "both", f"{{% if tagged %}}{FUNCTION_TAG}{{% else %}}{HERMES}{{% endif %}}")
+    said = '<function=f>{"a": 1}</function>'
+    engine = Scripted(tokenizer, [said], renderings={"tagged": Rendering(kwargs={"tagged": True})})
+    host = Host(engine, lab.registry, ServeSpec(follow_seconds=0))
+
+    async def scene() -> None:
+        await host.start(["tagged"])
+        async with asking_of(host, tmp_path) as client:
+            found = await told(client, stream, model="tagged", tools=TOOLS)
+            assert ([call.function.name for call in found[1]], found[2]) == (["f"], "tool_calls")
+            assert await told(client, stream, tools=TOOLS) == (said, [], "stop")
+
+    asyncio.run(scene())
+
+
+def test_schemas_that_wait_to_be_compiled_hold_up_nobody_else(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    async def scene() -> None:
+        async with asking(Scripted(tokenizer, ["a"]), tmp_path) as client, asyncio.timeout(30):
+            forms: list[Any] = [
+                {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": at}}} for at in range(40)
+            ]
+            with compiler_of(tokenizer).busy:
+                tasks = [asyncio.create_task(told(client, False, response_format=form)) for form in forms]
+                await asyncio.wait(tasks, timeout=0.5)
+                assert await told(client, False) == ("a", [], "stop")
+                assert not any(task.done() for task in tasks)
+            assert await asyncio.gather(*tasks) == [("a", [], "stop")] * 40
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_an_answer_that_was_cut_off_are_counted(tokenizer: Tokenizer, tmp_path: Path, stream: bool) -> None:
+    said = "as far as it came"
+    engine = Scripted(tokenizer, [said], endless=True, finish="cancelled")
+    total = f'peftkit_completion_tokens_total{{model="scripted"}} {float(2 * len(tokenizer.encode(said)))}'
+
+    async def scene() -> None:
+        async with asking(engine, tmp_path, request_seconds=0.05) as client, asyncio.timeout(30):
+            with pytest.raises(openai.APIError, match="not whole after"):
+                await told(client, stream, n=2)
+            while total not in (metrics := (await client._client.get("http://127.0.0.1:8000/metrics")).text):
+                await asyncio.sleep(0.01)
+            assert 'peftkit_requests_total{end="cancelled",model="scripted"} 1.0' in metrics
+
+    asyncio.run(scene())
 
 
 def test_an_answer_that_the_end_of_the_server_cut_off_is_an_error(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -99,10 +99,31 @@ def test_what_is_not_http_is_refused(server: Server, text: str) -> None:
     async def refused() -> None:
         async with wire(server.port) as at:
             await at.send(MALFORMED[text])
-            said = await at.closed()
-            assert said.startswith((b"HTTP/1.1 4", b"HTTP/1.1 501"))
+            reply = await at.reply()
+            assert reply is not None
+            assert (reply.status, reply.headers["content-type"]) == (400, "application/json")
+            assert (reply.error["code"], reply.headers["x-content-type-options"]) == ("invalid_http", "nosniff")
+            assert await at.closed() == b""
 
     asyncio.run(refused())
+
+
+def test_what_is_not_http_after_an_answer_only_ends_the_connection(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The answer is there before the body is, and the body is broken."""
+
+    async def refused() -> None:
+        async with wire(server.port) as at:
+            await at.send(head("POST", TEXTS, {"Content-Type": "text/plain", "Transfer-Encoding": "chunked"}))
+            reply = await at.reply()
+            assert reply is not None
+            assert reply.status == 415
+            await at.send(b"zz\r\n")
+            assert await at.closed() == b""
+
+    asyncio.run(refused())
+    assert not caplog.records
 
 
 def test_two_hundred_at_once(lab: Lab, server: Server, oracle: Oracle) -> None:
@@ -141,6 +162,10 @@ def test_connections_over_the_limit_are_told_and_those_within_are_answered(
             assert (full.status, full.error["code"], full.headers["retry-after"]) == (503, "too_many_connections", "1")
             assert await third.closed() == b""
             await answers(first, 0, texts[0])
+            await first.send(head("GET", "/metrics"))
+            metrics = await first.reply()
+            assert metrics is not None
+            assert b'peftkit_refused_total{status="503"} 1.0' in metrics.body
         await asyncio.to_thread(until, lambda: server.served.connections == 0, "they have left")
         async with wire(server.port) as again:
             await answers(again, 1, texts[1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -68,12 +70,23 @@ CASES = [
     Case("check_host", *READ, {"Host": "evil.example"}, 403, "host_not_allowed"),
     Case("check_host", *READ, {"Host": "evil.example:8000"}, 403, "host_not_allowed", only="host-port"),
     Case("check_host", *READ, {"Host": "localhost.evil.example"}, 403, "host_not_allowed", only="host-longer"),
+    Case("check_host", *READ, {"Host": "[::1].evil.example"}, 403, "host_not_allowed", only="host-after-address"),
+    Case("check_host", *READ, {"Host": "localhost:evil.example"}, 403, "host_not_allowed", only="host-as-port"),
+    Case("check_host", *READ, {"Host": "[localhost]"}, 403, "host_not_allowed", only="host-name-in-brackets"),
     Case("check_host", *READ, {"Host": "192.0.2.1"}, 403, "host_not_allowed", only="host-other-address"),
     Case("check_host", *READ, {"Host": "box.example"}, 403, "host_not_allowed", only="host-not-allowed-here"),
     Case("check_host", "GET", "/health", {"Host": "evil.example"}, 403, "host_not_allowed", only="host-health"),
     Case("check_origin", *RELOAD, {"Origin": EVIL}, 403, "origin_not_allowed"),
     Case("check_origin", *RELOAD, {"Origin": "null"}, 403, "origin_not_allowed", only="origin-null"),
     Case("check_origin", *RELOAD, {"Origin": "http://localhost:1"}, 403, "origin_not_allowed", only="other-port"),
+    Case(
+        "check_origin", *RELOAD, {"Host": "localhost", "Origin": "app://localhost"}, 403, "origin_not_allowed",
+        only="other-scheme",
+    ),
+    Case(
+        "check_origin", *RELOAD, {"Host": "localhost", "Origin": "http://localhost", "Sec-Fetch-Site": "cross-site"},
+        403, "origin_not_allowed", only="http-page-of-an-https-server",
+    ),
     Case("check_origin", *READ, {"Sec-Fetch-Site": "cross-site"}, 403, "origin_not_allowed", only="site"),
     Case("check_origin", *READ, {"Sec-Fetch-Site": "same-site"}, 403, "origin_not_allowed", only="same-site"),
     Case(
@@ -120,6 +133,7 @@ def test_a_guard_refuses_and_nothing_else_would(
         {"Sec-Fetch-Site": "same-origin"},
         {"Sec-Fetch-Site": "none"},
         {"Host": "localhost:8000", "Origin": "http://localhost:8000"},
+        {"Host": "localhost:8443", "Origin": "https://localhost:8443", "Sec-Fetch-Site": "same-origin"},
     ],
     ids=str,
 )
@@ -165,7 +179,7 @@ def test_any_address_is_this_servers_where_all_are_served_and_no_name() -> None:
     spec = ServeSpec(host="0.0.0.0", api_key=API)
     for host in ("192.0.2.1:8000", "[2001:db8::1]:8000", "2001:db8::1", "localhost"):
         trust.check_host({"host": host}, spec)
-    for host in ("evil.example", "", "192.0.2.1.evil.example"):
+    for host in ("evil.example", "", "192.0.2.1.evil.example", "[::1].evil.example", "[::1]:evil.example"):
         with pytest.raises(trust.Refused):
             trust.check_host({"host": host}, spec)
 
@@ -225,9 +239,10 @@ def test_what_is_nowhere_and_what_is_not_done_there(server: Server) -> None:
     for path in ("/nowhere", "/v1/adapters/", "/v1//adapters", "/../etc/passwd"):
         reply = ask(server, "GET", path)
         assert (reply.status, reply.error["code"]) == (404, "unknown_url")
-    reply = ask(server, "DELETE", "/v1/adapters")
+    reply = ask(server, "PATCH", "/v1/adapters")
     assert (reply.status, reply.error["code"]) == (405, "method_not_allowed")
-    assert set(reply.headers["allow"].replace(" ", "").split(",")) >= {"GET"}
+    assert set(reply.headers["allow"].replace(" ", "").split(",")) == {"GET", "HEAD", "POST"}
+    assert reply.headers["allow"] in reply.error["message"]
 
 
 def test_a_request_is_told_in_a_line_without_what_was_asked(server: Server) -> None:
@@ -239,14 +254,30 @@ def test_a_request_is_told_in_a_line_without_what_was_asked(server: Server) -> N
     assert "secret" not in json.dumps([event.as_record() for event in server.events])
 
 
-def test_what_a_guard_refuses_is_counted(server: Server) -> None:
-    def counted() -> float:
-        lines = ask(server, "GET", "/metrics").body.decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith('peftkit_refused_total{status="403"}'))
+def test_every_error_is_counted_once_by_its_status(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted() -> Counter[str]:
+        said = ask(server, "GET", "/metrics").body.decode()
+        found = re.findall(r'^peftkit_refused_total\{status="(\d+)"\} (\d+)', said, re.MULTILINE)
+        return Counter({status: int(number) for status, number in found})
+
+    def broken() -> None:
+        raise ZeroDivisionError
 
     before = counted()
-    assert ask(server, *READ, headers={"Origin": EVIL}).status == 403
-    assert counted() == before + 1
+    text = {"model": "nobody", "prompt": "a"}
+    for status, (method, path), value, headers in (
+        (403, READ, None, {"Origin": EVIL}),
+        (404, ("GET", "/nowhere"), None, {}),
+        (405, ("PATCH", "/v1/adapters"), None, {}),
+        (404, ("POST", "/v1/adapters"), {"model": "nobody"}, {}),
+        (404, ("POST", "/v1/completions"), text, {}),
+        (415, RELOAD, {}, {"Content-Type": "text/plain"}),
+    ):
+        assert ask(server, method, path, value, headers).status == status
+    with monkeypatch.context() as patch:
+        patch.setattr(server.host, "models", broken)
+        assert ask(server, *READ).status == 500
+    assert counted() - before == {"403": 1, "404": 3, "405": 1, "415": 1, "500": 1}
 
 
 def test_what_nobody_foresaw_is_told_without_its_words(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +288,7 @@ def test_what_nobody_foresaw_is_told_without_its_words(server: Server, monkeypat
     monkeypatch.setattr(server.host, "models", broken)
     reply = ask(server, *READ)
     assert (reply.status, reply.error["message"]) == (500, "internal error")
-    until(lambda: told(server, Served) != [], "the request is told of")
+    until(lambda: told(server, Warned) != [], "the error is told of")
     (warned,) = told(server, Warned)
     assert "ZeroDivisionError" in warned.text
     assert "test_guard.py" in warned.text

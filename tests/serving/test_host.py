@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -366,5 +367,74 @@ def test_draining_begins_while_a_change_is_still_being_made(lab: Lab, lamp: list
             assert await moving == []
             await closing
             assert lab.registry.resolve("lamp@canary") == lamp[1]
+
+    played(scene())
+
+
+def test_a_change_that_hangs_does_not_hold_up_the_end(lab: Lab, lamp: list[Version]) -> None:
+    async def scene() -> None:
+        async with hosted(lab, ["lamp"], spec={"drain_seconds": 0.05}) as stage:
+            with lab.registry.writing("something else"):
+                moving = asyncio.create_task(stage.host.move("lamp", "slow", lamp[1].id))
+                await until(lambda: lamp[1].reference in stage.opened.versions)
+                await stage.host.close()
+                assert not moving.done()
+                assert not stage.engine._thread.is_alive()
+            assert await moving == []
+            assert lab.registry.resolve("lamp@slow") == lamp[1]
+
+    played(scene())
+
+
+def test_a_change_that_fails_when_its_asker_has_left_is_not_an_error_of_the_loop(lab: Lab) -> None:
+    said: list[Any] = []
+
+    async def scene() -> None:
+        async with hosted(lab) as stage:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context["message"]))
+            begun, go_on = asyncio.Event(), asyncio.Event()
+
+            async def failing(name: str) -> Any:
+                begun.set()
+                await go_on.wait()
+                raise AdapterNotFound(f"no {name}")
+
+            stage.host._binding.attach = failing  # type: ignore[method-assign]
+            asking = asyncio.create_task(stage.host.attach("sql"))
+            await begun.wait()
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            go_on.set()
+            await until(lambda: not stage.host._changes)
+            gc.collect()
+
+    played(scene())
+    assert said == []
+
+
+def test_an_alias_under_an_attached_name_is_kept_from_its_first_request_on(lab: Lab, oracle: Oracle) -> None:
+    one, two = (lab.lora("roof", 170 + i) for i in range(2))
+    lab.registry.tag(one.reference, "prod")
+
+    async def scene() -> None:
+        async with hosted(lab, ["roof", "sql"]) as stage:
+            assert (await stage.ask("roof@prod", PROMPT, 6)).ids == oracle.ids(one, PROMPT, 6)
+            assert [model.id for model in stage.host.models()] == ["base", "roof", "sql"]
+            damage(two.path / "adapter_model.safetensors")
+            lab.registry.tag(two.reference, "prod")
+            assert (await stage.ask("roof@prod", PROMPT, 6)).adapter == one.reference, "not looked up again"
+            three = lab.lora("roof", 172)
+            assert await stage.host.move("roof", "prod", three.id) == [], "it is not listed"
+            assert (await stage.ask("roof@prod", PROMPT, 6)).ids == oracle.ids(three, PROMPT, 6)
+            with pytest.raises(AdapterNotFound, match="'roof@prod' is not served"):
+                await stage.host.detach("roof@prod")
+            await stage.host.attach("roof@prod")
+            assert [model.id for model in stage.host.models()] == ["base", "roof", "sql", "roof@prod"]
+            await stage.ask("roof@latest", PROMPT)
+            await stage.host.detach("roof")
+            assert (await stage.ask("roof@prod", PROMPT)).adapter == three.reference
+            with pytest.raises(AdapterNotFound, match="one of base, sql, roof@prod"):
+                await stage.ask("roof@latest", PROMPT)
+            assert {model.id for model in stage.host._binding.names} == {"sql", "roof@prod"}
 
     played(scene())

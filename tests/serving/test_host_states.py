@@ -47,6 +47,8 @@ class Machine(RuleBasedStateMachine):
         self.registry = Registry(self.mine.registry.root)
         self.bad: set[str] = set()
         self.means: dict[str, str] = {}
+        self.kept: dict[str, str] = {}
+        """Aliases that were asked under an attached name; they are followed, and not listed."""
         self.asked: list[tuple[Answer, Version | None, tuple[int, ...]]] = []
         self.runner, self.stack = asyncio.Runner(), AsyncExitStack()
         for name in NAMES:
@@ -108,6 +110,7 @@ class Machine(RuleBasedStateMachine):
         else:
             self.run(self.stage.host.attach(model))
             self.means[model] = version.id
+            self.kept.pop(model, None)
 
     @rule(model=model_of)
     def detach(self, model: str) -> None:
@@ -115,14 +118,16 @@ class Machine(RuleBasedStateMachine):
             self.refused(self.stage.host.detach(model), AdapterNotFound)
         else:
             self.run(self.stage.host.detach(model))
+            self.kept = {each: id for each, id in self.kept.items() if each.partition("@")[0] != model}
 
     @rule()
     def reload(self) -> None:
         self.run(self.stage.host.reload())
-        for model in self.means:
-            version = self.resolved(model)
-            if version is not None and version.id not in self.bad:
-                self.means[model] = version.id
+        for means in (self.means, self.kept):
+            for model in means:
+                version = self.resolved(model)
+                if version is not None and version.id not in self.bad:
+                    means[model] = version.id
 
     @rule(name=name_of, alias=alias_of, which=which)
     def move(self, name: str, alias: str, which: int) -> None:
@@ -146,13 +151,14 @@ class Machine(RuleBasedStateMachine):
             assert {model.id for model in self.run(change)} == meant
             assert self.registry.resolve(f"{name}@{alias}").id == version.id
             self.means |= dict.fromkeys(meant, version.id)
+            self.kept |= {model: version.id for model in models if model in self.kept}
             self.seen["moved"] += 1
 
     @rule(model=st.one_of(model_of, st.just("base")), prompt=st.sampled_from(PROMPTS), leave=st.booleans())
     def ask(self, model: str, prompt: tuple[int, ...], leave: bool) -> None:
         version: Version | None = None
-        if model in self.means:
-            version = self.registry.load(model.partition("@")[0], self.means[model])
+        if model in (means := self.means | self.kept):
+            version = self.registry.load(model.partition("@")[0], means[model])
         elif model != "base":
             version = self.resolved(model) if model.partition("@")[0] in self.means else None
             if version is None:
@@ -161,6 +167,8 @@ class Machine(RuleBasedStateMachine):
             if version.id in self.bad:
                 self.refused(self.stage.ask(model, prompt), AdapterDamaged)
                 return
+            self.kept[model] = version.id
+            self.seen["kept"] += 1
         answer = self.run(self.stage.begin(model, prompt, NEW))
         if leave:
             answer.cancel()
@@ -210,3 +218,4 @@ def test_names_in_any_order(lab: Lab, oracle: Oracle, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_names_in_any_order_for_long(lab: Lab, oracle: Oracle, tmp_path: Path) -> None:
     run(lab, oracle, tmp_path, 150)
+    assert Machine.seen["kept"]

@@ -17,9 +17,11 @@ from generation.serving_lab import Oracle
 from serving.host_lab import hosted, opened_over, played, until
 
 from peftkit.errors import AdapterDamaged, BaseError, ConfigError, EngineBusy, GenerationError
+from peftkit.generation.fleet.fleet import Fleet
 from peftkit.generation.opening import find_base, open_engine
 from peftkit.generation.requests import Completion, Request
 from peftkit.generation.running import Ticket
+from peftkit.generation.seats import Seat
 from peftkit.registry.store import Version
 from peftkit.serving.local import LocalEngine
 from peftkit.serving.local_answer import LocalAnswer
@@ -138,7 +140,7 @@ def test_an_asker_who_leaves_while_the_request_is_queued_leaves_nothing(lab: Lab
 
             stage.opened.engine.submit = slow  # type: ignore[method-assign]
             tasks = [asyncio.create_task(stage.ask("one", PROMPT, new)) for new in (400, 0, 300)]
-            await until(lambda: stage.engine._beginning == 3)
+            await until(lambda: len(stage.engine._beginning) == 3)
             for task in tasks:
                 task.cancel()
             gone = await asyncio.gather(*tasks, return_exceptions=True)
@@ -160,6 +162,7 @@ def test_a_full_queue_refuses_and_holds_nothing(lab: Lab, three: dict[str, Versi
             begun = [each for each in found if not isinstance(each, BaseException)]
             assert len(refused) + len(begun) == 12
             assert len(refused) >= 8
+            assert len(begun) >= 3, "one row, and two places to wait"
             for answer in begun:
                 assert (await answer.whole()).finish in ("stop", "length")
             with pytest.raises(ConfigError, match="temperature is -1"):
@@ -334,3 +337,111 @@ def test_a_base_is_opened_without_adapters(lab: Lab, oracle: Oracle) -> None:
         return await answer.whole()
 
     assert played(scene()).ids == oracle.ids(None, PROMPT, 6)
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_closing_gives_up_who_takes_too_long_to_begin(queued: bool, lab: Lab, three: dict[str, Version]) -> None:
+    async def scene() -> None:
+        opened = opened_over(lab)
+        engine, submit, held = LocalEngine(opened), opened.engine.submit, threading.Event()
+        engine.start()
+        tickets: list[Ticket] = []
+
+        def slow(request: Request) -> Ticket:
+            if queued:
+                tickets.append(submit(request))
+            held.wait()
+            return tickets[0] if queued else submit(request)
+
+        opened.engine.submit = slow  # type: ignore[method-assign]
+        asking = asyncio.create_task(engine.begin(None, Request(tuple(PROMPT), max_new_tokens=400)))
+        await until(lambda: bool(tickets if queued else engine._beginning))
+        await engine.close(0.05)
+        assert not engine._thread.is_alive()
+        with pytest.raises(EngineBusy, match="has been closed"):
+            await asking
+        held.set()
+        await until(lambda: not engine._beginning)
+        assert all(ticket.cancelled for ticket in tickets)
+        assert not engine._on_way
+
+    played(scene())
+
+
+def test_nothing_is_kept_of_versions_that_no_name_stands_for(lab: Lab, oracle: Oracle) -> None:
+    """Those that wait for a row still answer, with their files gone."""
+    old, known = lab.lora("worn", 80), []
+    prompts = [numbers(9, i) for i in range(3)]
+    expected = [oracle.ids(old, prompt, 40) for prompt in prompts]
+
+    async def scene() -> None:
+        async with hosted(lab, ["worn"], rows=1) as stage:
+            answers = [await stage.begin("worn", prompt, 40) for prompt in prompts]
+            held, together = threading.Event(), threading.Event()
+            new = lab.lora("worn", 81, r=6)
+            await stage.host.reload("worn")
+            holding = asyncio.create_task(stage.engine._between_steps(partial(_hold, held, together)))
+            await asyncio.to_thread(held.wait)
+            old.path.rename(old.path.with_name("worn-away"))
+            together.set()
+            await holding
+            known.extend([(await answer.whole()).ids for answer in answers])
+            await until(lambda: not traces(stage.opened.fleet, old))
+            assert traces(stage.opened.fleet, new)
+            old.path.with_name("worn-away").rename(old.path)
+            await stage.host.move("worn", "latest", old.id)
+            await until(lambda: not traces(stage.opened.fleet, new))
+            bad = lab.lora("worn", 82)
+            damage(bad.path / "adapter_model.safetensors")
+            with pytest.raises(AdapterDamaged):
+                await stage.host.reload("worn")
+            await until(lambda: not traces(stage.opened.fleet, bad))
+            await stage.host.detach("worn")
+            await until(lambda: not traces(stage.opened.fleet, old))
+            assert not stage.opened.fleet._learned._shapes
+            assert stage.opened.fleet.bank.bytes == 0
+
+    played(scene())
+    assert known == expected
+
+
+def traces(fleet: Fleet, version: Version) -> list[str]:
+    """Where something is held of a version."""
+    held = {
+        "residents": fleet._residents, "host memory": fleet._waiting.ids, "reasons": fleet._learned.reasons,
+        "needs": fleet._learned.needs, "forgotten": fleet._forgotten,
+    }  # fmt: skip
+    return [where for where, ids in held.items() if version.id in ids]
+
+
+def test_a_forgotten_version_goes_with_its_last_seat_unless_it_is_asked_again(
+    lab: Lab, three: dict[str, Version]
+) -> None:
+    opened = opened_over(lab)
+    fleet, version = opened.fleet, three["one"]
+    opened.versions[version.reference] = version
+
+    def seat() -> Seat:
+        found = fleet.seat(fleet.identify(version.reference))
+        assert found is not None
+        return found
+
+    first, second = seat(), seat()
+    fleet.forget(version.id)
+    fleet.release(first)
+    assert "residents" in traces(fleet, version)
+    fleet.release(second)
+    assert traces(fleet, version) == []
+    first = seat()
+    fleet.forget(version.id)
+    fleet.release(seat())
+    fleet.release(first)
+    assert "residents" in traces(fleet, version)
+    fleet.pin(version.reference)
+    fleet.forget(version.id)
+    assert "residents" in traces(fleet, version)
+    fleet.unpin(version.reference)
+    fleet.forget(version.id)
+    assert traces(fleet, version) == []
+    fleet.forget("nobody")
+    fleet.close()

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.host_lab import hosted, played
 
 from peftkit.serving import health
+from peftkit.serving import metrics as told
 from peftkit.serving.metrics import Metrics
 
 PROMPT = numbers(20, 1)
@@ -63,6 +64,21 @@ def test_names_that_are_not_served_share_one_label(lab: Lab) -> None:
                 metrics.begun(f"sql@{i:04d}").ended("stop", 1, 1)
             found = figures(metrics)
         assert {labels for name, labels in found if name == "peftkit_requests_total"} == {"stop,sql", "other,other"}
+
+    played(scene())
+
+
+def test_names_beyond_the_most_that_are_told_apart_share_one_label(lab: Lab, monkeypatch: Any) -> None:
+    monkeypatch.setattr(told, "_MOST_LABELS", 2)
+
+    async def scene() -> None:
+        async with hosted(lab, ["sql", "tickets", "sql@latest"]) as stage:
+            metrics = Metrics(stage.host)
+            for model in ("sql", "base", "tickets", "sql@latest", "sql", "base"):
+                metrics.begun(model).ended("stop", 1, 1)
+            found = figures(metrics)
+        counted = {labels: found[name, labels] for name, labels in found if name == "peftkit_requests_total"}
+        assert counted == {"stop,sql": 2, "stop,base": 2, "stop,other": 2}
 
     played(scene())
 

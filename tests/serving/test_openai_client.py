@@ -275,10 +275,15 @@ def test_headers_of_streams_and_answers(client: openai.OpenAI) -> None:
         ({"temperature": 9}, openai.BadRequestError, "temperature", None),
         ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "temprature", None),
         ({"max_tokens": 511}, openai.BadRequestError, "max_tokens", "context_length_exceeded"),
-        ({"messages": [{"role": "user", "content": "x" * 600}]}, openai.BadRequestError, None, None),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, openai.BadRequestError, "messages", None),
+        ({"model": "tickets@"}, openai.NotFoundError, "model", "model_not_found"),
+        ({"model": "tickets@@x"}, openai.NotFoundError, "model", "model_not_found"),
+        ({"model": "tickets@../x"}, openai.NotFoundError, "model", "model_not_found"),
+        ({"model": "tickets@nobody"}, openai.NotFoundError, "model", "model_not_found"),
+        ({"model": "x" * 1_000_000}, openai.BadRequestError, "model", None),
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, openai.BadRequestError, None, None),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "colour"}}}},
-         openai.BadRequestError, None, None),
+         openai.BadRequestError, "response_format", None),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
@@ -291,6 +296,18 @@ def test_errors_are_the_clients_own_classes(
     assert type(caught.value) is kind
     assert (caught.value.param, caught.value.code) == (param, code)
     assert caught.value.type == "invalid_request_error"
+    assert len(caught.value.response.content) < 1000
+    assert "1 problem" not in caught.value.message
+
+
+def test_what_the_engine_refuses_is_told_of_its_parameter(client: openai.OpenAI) -> None:
+    prompts: list[Any] = [[5, 999], [5] * 600, "<|im_end|>" * 600]
+    for prompt in prompts:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="base", prompt=prompt, max_tokens=2)
+        assert caught.value.param == "prompt"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("tickets@")
 
 
 def test_an_answer_without_a_length_is_cut_where_the_positions_end(server: Server, client: openai.OpenAI) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 from generation.adapters_lab import Lab, make_lab
 from serving.process import Process, started
-from serving.server_lab import SECONDS, Reply, Server, serving
+from serving.process import begun as launched
+from serving.server_lab import SECONDS, Reply, Server, serving, until
 from serving.wire import Wire, head, pieces, post, wire
 
 from peftkit.registry import check_root
@@ -20,6 +21,26 @@ pytestmark = pytest.mark.loopback
 LONG = 1500
 PROMPT = [5, 6, 7]
 GREEDY = {"temperature": 0}
+
+
+NEVER_LOADED = """
+import sys, time
+import peftkit.generation.opening as opening
+def loading(*given, **more):
+    print("loading", file=sys.stderr, flush=True)
+    time.sleep(600)
+opening.open_engine = loading
+"""
+BUSY = """
+import sys, time
+from peftkit.serving.local import LocalEngine
+from peftkit.serving.spec import ServeSpec
+def compiling(*given):
+    print("compiling", file=sys.stderr, flush=True)
+    time.sleep(600)
+LocalEngine._submit = compiling
+"""
+IMPATIENT = f"{BUSY}ServeSpec.model_fields['drain_seconds'].default = 0.2\nServeSpec.model_rebuild(force=True)\n"
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +146,54 @@ def test_what_takes_longer_than_it_is_given_is_cut_off_and_says_so(long: Lab) ->
         assert not server.thread.is_alive()
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "shutting_down"
     assert end == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
+def test_a_signal_while_the_base_loads_ends_it(long: Lab, number: signal.Signals) -> None:
+    with launched(long, ["tickets@v0"], planted=NEVER_LOADED) as (popen, errors):
+        until(lambda: "loading" in errors.read_text(), "it loads")
+        popen.send_signal(number)
+        assert popen.wait(SECONDS) == 130
+        assert "peftkit: interrupted" in errors.read_text()
+        assert "Traceback" not in errors.read_text()
+
+
+async def waits_for_a_thread(at: Wire, process: Process) -> None:
+    """Ask for something that a thread never finishes."""
+    await at.send(post("/v1/completions", {"model": "tickets@v0", "prompt": PROMPT, "max_tokens": 4}))
+    await asyncio.to_thread(until, lambda: "compiling" in process.errors.read_text(), "a thread is busy")
+
+
+def test_a_second_signal_does_not_wait_for_a_thread(long: Lab) -> None:
+    async def watched() -> Reply | None:
+        async with wire(process.port) as at:
+            await waits_for_a_thread(at, process)
+            process.signal(signal.SIGTERM)
+            await draining(process.port)
+            process.signal(signal.SIGTERM)
+            return await at.reply()
+
+    with started(long, ["tickets@v0"], planted=BUSY) as process:
+        reply = asyncio.run(watched())
+        assert reply is not None
+        assert (reply.status, reply.error["code"]) == (503, "shutting_down")
+        assert process.ended() == 130
+        assert "Traceback" not in process.errors.read_text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_a_thread_does_not_hold_a_server_longer_than_it_drains(long: Lab, number: signal.Signals, code: int) -> None:
+    async def watched() -> None:
+        async with wire(process.port) as at:
+            await waits_for_a_thread(at, process)
+            process.signal(number)
+            await at.closed()
+
+    with started(long, ["tickets@v0"], planted=IMPATIENT) as process:
+        asyncio.run(watched())
+        assert process.ended() == code
+        assert "Traceback" not in process.errors.read_text()
 
 
 @pytest.mark.full

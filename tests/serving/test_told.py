@@ -26,7 +26,7 @@ from peftkit.errors import (
 )
 from peftkit.generation.requests import Completion, Logprob
 from peftkit.serving.openai.calls import Call
-from peftkit.serving.openai.failures import Draining, Refused, answer_for
+from peftkit.serving.openai.failures import Draining, Refused, about, answer_for
 from peftkit.serving.openai.tokens import token_bytes, token_text
 from peftkit.serving.openai.told import (
     Choice,
@@ -190,3 +190,30 @@ def test_errors_have_openais_form(error: Exception, status: int, code: str | Non
     assert "secret" not in told["message"]
     assert ("retry-after" in response.headers) == (status in (429, 503))
     assert (response.headers.get("x-should-retry") == "false") == (status == 500)
+
+
+def said(error: Exception) -> str:
+    message: str = json.loads(bytes(answer_for(error).body))["error"]["message"]
+    return message
+
+
+def test_a_message_repeats_no_more_of_what_was_sent_than_fits_on_a_page() -> None:
+    for error in (AdapterNotFound("x" * 1_000_000), Refused(400, "é" * 1_000_000), ConfigError(["x" * 1_000_000])):
+        assert len(said(error)) == 4000
+        assert said(error).endswith("…")
+    assert said(Refused(400, "x" * 4000)) == "x" * 4000
+
+
+def test_one_problem_is_told_without_a_heading_and_several_are_listed() -> None:
+    assert said(ConfigError(["the prompt is empty"], where="the request")) == "the prompt is empty"
+    assert said(ConfigError(["no"], where="json_schema", hint="do")) == "json_schema: no\n  to mend it: do"
+    assert said(ConfigError(["a", "b"], where="the request")) == "2 problems in the request\n- a\n- b"
+
+
+def test_what_is_wrong_with_a_parameter_names_it() -> None:
+    for error, told in ((ConfigError(["no"], where="the request"), "no"), (DataError("never"), "never")):
+        with pytest.raises(Refused) as caught, about("prompt"):
+            raise error
+        assert (caught.value.status, caught.value.param, caught.value.message) == (400, "prompt", told)
+    with pytest.raises(EngineBusy), about("prompt"):
+        raise EngineBusy("later")

@@ -35,6 +35,7 @@ from peftkit.generation.limits import Limits
 from peftkit.generation.opening import find_base
 from peftkit.generation.requests import Request, Sampling
 from peftkit.registry.store import Version
+from peftkit.serving.vllm import client
 from peftkit.serving.vllm.engine import VllmEngine
 from peftkit.serving.vllm.exported import export_version
 from peftkit.serving.vllm.process import find_vllm
@@ -326,6 +327,23 @@ def test_whoever_leaves_while_a_version_is_loaded_leaves_nothing_behind(vllm: Vl
     vllm.run(leave())
 
 
+def test_a_version_that_vllm_does_not_load_in_time_is_refused(own: Vllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = own.lab.lora("slow", 9)
+
+    async def wait() -> None:
+        engine = await own.start()
+        monkeypatch.setattr(client, "_LOAD_SECONDS", 0.1)
+        slow = own.wish("slow")
+        with pytest.raises(TuningError, match=r"(?s)has not answered /v1/load_lora_adapter within 0\.1 seconds"):
+            await engine.prepare(version)
+        slow.unlink()
+        await engine.close(5)
+        with pytest.raises(GenerationError, match="has been ended"):
+            await engine._client.load("late", Path("late"))
+
+    own.run(wait())
+
+
 def dora(lab: Lab) -> Version:
     import torch
     from safetensors.torch import load, save
@@ -344,7 +362,7 @@ def test_the_queue_is_bounded_and_closed_before_the_end(own: Vllm) -> None:
         own.wish("hold")
         tickets = own.lab.registry.resolve("tickets")
         answers = [await engine.begin(tickets, Request(PROMPT, max_new_tokens=64)) for _ in range(2)]
-        with pytest.raises(EngineBusy, match="2 requests are on their way"):
+        with pytest.raises(EngineBusy, match="1 requests are answered and 1 wait"):
             await engine.begin(None, Request(PROMPT))
         closing = asyncio.create_task(engine.close(0.2))
         await asyncio.sleep(0)

@@ -6,7 +6,6 @@ of its own (tuning/attach.py), within the same memory.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,15 +16,16 @@ from typing import Any, Literal
 import torch
 
 from peftkit.backbone.load import Backbone
-from peftkit.canonical import strict_json
 from peftkit.errors import TuningError
 from peftkit.events import Report, silent
 from peftkit.generation.bank.bank import Bank, Factors
 from peftkit.generation.bank.factors import factors_of, why_not
 from peftkit.generation.bank.layout import NO_SLOT
 from peftkit.generation.fleet.host import HostMemory, bytes_of
+from peftkit.generation.fleet.learned import Learned
 from peftkit.generation.fleet.own_models import OwnModels, stored_bytes
 from peftkit.generation.fleet.room import Need, Resident, Room
+from peftkit.generation.fleet.settings import config_of
 from peftkit.generation.fleet.statistics import Statistics
 from peftkit.generation.seats import Alone, Seat
 from peftkit.registry.store import Version
@@ -33,7 +33,6 @@ from peftkit.tuning.fit import check_bare, check_base
 from peftkit.tuning.resident import check_config_of
 from peftkit.tuning.stored import Stored, read
 
-_CONFIG = "adapter_config.json"
 _HOST_MEMORY = 2 << 30
 
 
@@ -70,10 +69,9 @@ class Fleet:
         self._room = Room(self.bank, memory)
         self._residents: OrderedDict[str, Resident] = OrderedDict()
         self._pins: dict[str, str] = {}
-        self._needs: dict[str, Need] = {}
-        self._shapes: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
-        self._reasons: dict[str, str | None] = {}
+        self._learned = Learned()
         self._receipts: tuple[dict[str, Any], ...] = ()
+        self._forgotten: set[str] = set()
         self._counted = Statistics()
         self._checking, self._lock = RLock(), RLock()
 
@@ -112,6 +110,7 @@ class Fleet:
             if resident is None:
                 return None
             self._residents.move_to_end(identity.id)
+            self._forgotten.discard(identity.id)
             resident.users += 1
             return resident.seat
 
@@ -124,6 +123,24 @@ class Fleet:
             if resident is None or not resident.users:
                 raise TuningError(f"the seat of {seat.reference} was given back already", expected="once for each seat")
             resident.users -= 1
+            if not resident.users and seat.digest in self._forgotten:
+                self.forget(seat.digest)
+
+    def forget(self, version_id: str) -> None:
+        """Let go of a version and of all that is known of it: now, or with its last seat. One that is pinned stays,
+        and one that is asked for again is looked at and loaded as if it were new."""
+        with self._lock, self._checking:
+            resident = self._residents.get(version_id)
+            if resident is not None and (resident.users or self._is_pinned(resident)):
+                self._forgotten.add(version_id)
+                return
+            self._forgotten.discard(version_id)
+            self._residents.pop(version_id, None)
+            self._waiting.drop(version_id)
+            self._learned.forget(version_id)
+            self._free_models()
+            if not self._residents:
+                self.bank.resize(0, {})
 
     def pin(self, name: str) -> None:
         """Load what a name means now, and never let it make room. While there is no room it is loaded when it is asked
@@ -171,18 +188,18 @@ class Fleet:
     def _checked(self, version: Version) -> str | None:
         """Look at a version's settings and base once; returns why it cannot lie in the bank, as far as they tell."""
         with self._checking:
-            if version.id not in self._reasons:
-                config = _config_of(version)
+            if version.id not in self._learned.reasons:
+                config = config_of(version)
                 check_config_of(Stored(version, config, {}), self.backbone)
                 found = check_base(version, self.backbone, other_base=self._other_base, report=self._report)
                 self._receipts += tuple(receipt for receipt in found if receipt not in self._receipts)
-                self._reasons[version.id] = why_not(version.manifest.kind, config)
-            return self._reasons[version.id]
+                self._learned.reasons[version.id] = why_not(version.manifest.kind, config)
+            return self._learned.reasons[version.id]
 
     def _load(self, version: Version) -> Resident | None:
         """Make a version resident; None while there is no room for it."""
         begun, reason = time.perf_counter(), self._checked(version)
-        need = self._needs.get(version.id, Need({})) if reason is None else self._need_alone(version)
+        need = self._learned.needs.get(version.id, Need({})) if reason is None else self._need_alone(version)
         if self._who_goes(version, need) is None:
             return None  # known before anything is read: the engine asks again at every step
         factors = self._waiting.get(version.id) if reason is None else None
@@ -203,28 +220,25 @@ class Fleet:
         try:
             factors = factors_of(stored, self.backbone)
         except TuningError as error:
-            self._reasons[version.id] = error.fact
+            self._learned.reasons[version.id] = error.fact
             return None
         if others := factors.keys() - self._held_paths:
-            self._reasons[version.id] = (
-                f"it changes layers that are not given every token: {', '.join(sorted(others)[:3])}"
-            )
+            named = ", ".join(sorted(others)[:3])
+            self._learned.reasons[version.id] = f"it changes layers that are not given every token: {named}"
             return None
         return factors
 
     def _in_bank(self, version: Version, factors: Factors) -> Resident | None:
         ranks = {path: int(right.shape[0]) for path, (right, _) in factors.items()}
-        shape = self._shapes.setdefault(tuple(ranks.items()), ranks)  # one object for all adapters of a shape
-        need = self._needs[version.id] = Need(shape)
+        need = self._learned.ranks(version.id, ranks)
         if not self._make_room(version, need):
             self._waiting.put(version.id, factors)
             return None
         slot = self._room.make(self._residents.values(), need)
         self.bank.fill(slot, factors)
         seat = Seat(self.bank, slot, version.id, version.reference)
-        resident = self._residents[version.id] = Resident(version, need, seat)
         self._waiting.drop(version.id)
-        return resident
+        return self._residents.setdefault(version.id, Resident(version, need, seat))
 
     def _by_itself(self, version: Version) -> Resident | None:
         """A model of its own. What it takes is known once it is built; when that is too much, it goes again."""
@@ -235,19 +249,18 @@ class Fleet:
         self._room.make(self._residents.values(), need)
         try:
             model, own = self._alone.build(version)
-            need = self._needs[version.id] = Need(None, own)
+            need = self._learned.needs[version.id] = Need(None, own)
             if not self._make_room(version, need):
                 return None
             self._room.make(self._residents.values(), need)
             seat = Seat(Alone(model), NO_SLOT, version.id, version.reference)
-            resident = self._residents[version.id] = Resident(version, need, seat)
-            return resident
+            return self._residents.setdefault(version.id, Resident(version, need, seat))
         finally:
             self._free_models()
 
     def _need_alone(self, version: Version) -> Need:
         """What its model takes as far as is known; a guess makes room, and refuses nobody."""
-        known, guess = self._needs.get(version.id), Need(None, stored_bytes(version))
+        known, guess = self._learned.needs.get(version.id), Need(None, stored_bytes(version))
         if known is not None and known.ranks is None:
             return known
         return guess if self._room.fits(self._held(), guess, idle=True) else Need(None)
@@ -285,16 +298,3 @@ class Fleet:
     def _free_models(self) -> None:
         """Free the models of those who are not resident."""
         self._alone.keep_only([resident.version.reference for resident in self._residents.values()])
-
-
-def _config_of(version: Version) -> dict[str, Any]:
-    """A version's `adapter_config.json`, whose digest is compared. Raises AdapterDamaged when it differs."""
-    if version.manifest.kind != "peft":
-        return {}
-    try:
-        content = (version.path / _CONFIG).read_bytes()
-        if hashlib.sha256(content).hexdigest() == version.manifest.files[_CONFIG].sha256:
-            return dict(strict_json(content))
-    except (OSError, KeyError, ValueError, TypeError):
-        pass  # reading all of it says what is wrong
-    return read(version).config

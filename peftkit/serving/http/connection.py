@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import h11
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from peftkit.serving.http.guard import ALWAYS, FULL
 from peftkit.serving.openai.failures import Refused, answer_for
 from peftkit.serving.spec import ServeSpec
 
@@ -31,7 +34,7 @@ class Connection(H11Protocol):
         over = len(self.connections) - self.spec.connections
         if over > _SPARE:
             transport.abort()
-        self.app = self._watched(_full if over > 0 else self.app)
+        self.app = self._watched(_full(self.app) if over > 0 else self.app)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
@@ -56,6 +59,15 @@ class Connection(H11Protocol):
         super().resume_writing()
         self._forget()
         self._wait()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP as everything else that is wrong."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else there is an answer already
+            response = _malformed()
+            begin = h11.Response(status_code=response.status_code, headers=response.raw_headers, reason=b"Bad Request")
+            for each in (begin, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(each))
+        self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
         """Leave an idle connection to this class."""
@@ -104,12 +116,18 @@ class Connection(H11Protocol):
             self._deadline = None
 
 
-async def _full(scope: Scope, receive: Receive, send: Send) -> None:
-    full = Refused(
-        503,
-        "too many connections",
-        type="server_error",
-        code="too_many_connections",
-        headers={"Retry-After": "1", "Connection": "close"},
+def _full(app: ASGIApp) -> ASGIApp:
+    async def full(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, FULL: True}, receive, send)
+
+    return full
+
+
+def _malformed() -> Response:
+    message = (
+        "this is not HTTP/1.1\n  expected: a request line, one Host header, and a body as long as it is said to be"
     )
-    await answer_for(full)(scope, receive, send)
+    response = answer_for(Refused(400, message, code="invalid_http", headers={"Connection": "close"}))
+    for name, value in ALWAYS.items():
+        response.headers.setdefault(name, value)
+    return response

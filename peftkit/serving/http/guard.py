@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -18,7 +19,7 @@ from peftkit.serving.openai.failures import Draining, Refused, answer_for
 from peftkit.serving.spec import ServeSpec
 
 _WHILE_DRAINING = ("/health", "/metrics")
-_ALWAYS = {
+ALWAYS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -27,6 +28,9 @@ _ALWAYS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
 """What a response says unless it says something else."""
+FULL = "peftkit.full"
+"""Stands in the scope of a connection over the limit."""
+_LATER = {"Retry-After": "1", "Connection": "close"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Guard:
         refused: Callable[[int], None],
         report: Report,
     ) -> None:
-        """`draining` says whether the server is on its way down, when new requests are refused; `refused` is told the
-        status of what does not reach `app`."""
+        """`draining` says whether the server is on its way down, when new requests are refused; `refused` is told each
+        status from 400 on."""
         self.app, self.spec, self.draining, self.refused, self.report = app, spec, draining, refused, report
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,28 +71,34 @@ class Guard:
             await self._serve(scope, headers, receive, answer)
         except _Left:
             pass
+        except asyncio.CancelledError:  # the server waits no more
+            if answer.status is not None:
+                raise
+            await answer_for(_down())(scope, receive, answer)
         except Exception as error:
             if not isinstance(error, Refused | Draining):
                 self.report(Warned(_where(scope, error)))
             if answer.status is None:
-                response = answer_for(error)
-                self.refused(response.status_code)
-                await response(scope, receive, answer)
+                await answer_for(error)(scope, receive, answer)
             elif not answer.complete:
                 raise  # uvicorn closes the connection: half an answer must not look like a whole one
         finally:
+            if answer.status is not None and answer.status >= HTTPStatus.BAD_REQUEST:
+                self.refused(answer.status)
             spent = round((time.monotonic() - begun) * 1000)
             self.report(Served(scope["method"], _path(scope), answer.status, spent))
 
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, answer: _Answer) -> None:
         method, path = scope["method"], scope["path"]
+        if FULL in scope:
+            raise Refused(503, "too many connections", type="server_error", code="too_many_connections", headers=_LATER)
         trust.check_host(headers, self.spec)
         trust.check_origin(method, path, headers, self.spec)
         if method == "OPTIONS" and "access-control-request-method" in headers:
             await Response(status_code=204)(scope, receive, answer)
             return
         if self.draining() and path not in _WHILE_DRAINING:
-            raise Draining("the server is shutting down", hint="ask again when it is back")
+            raise _down()
         trust.check_key(method, path, headers, self.spec)
         trust.check_body(headers, self.spec)
         body = await _read(receive, self.spec)
@@ -97,13 +107,13 @@ class Guard:
     def _browser_headers(self, headers: Headers) -> Mapping[str, str]:
         """What every answer to this request says beside its own headers."""
         if not self.spec.allow_origins:
-            return _ALWAYS
+            return ALWAYS
         origin = trust.allowed_origin(headers, self.spec)
         if origin is None:
-            return {**_ALWAYS, "Vary": "Origin"}
+            return {**ALWAYS, "Vary": "Origin"}
         asked = headers.get("access-control-request-headers", "authorization, content-type")
         return {
-            **_ALWAYS,
+            **ALWAYS,
             "Vary": "Origin",
             "Cross-Origin-Resource-Policy": "cross-origin",
             "Access-Control-Allow-Origin": origin,
@@ -154,6 +164,10 @@ async def _read(receive: Receive, spec: ServeSpec) -> bytes:
     except TimeoutError:
         late = f"the body did not arrive within {spec.read_seconds:g} seconds"
         raise Refused(408, late, code="request_timeout", headers={"Connection": "close"}) from None
+
+
+def _down() -> Draining:
+    return Draining("the server is shutting down", hint="ask again when it is back")
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

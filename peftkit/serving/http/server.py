@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
-import threading
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -22,6 +23,10 @@ from peftkit.serving.spec import ServeSpec
 
 _HEAD_BYTES = 16 * 1024  # of a request line and its headers
 _LAST_SECONDS = 5.0  # for the last bytes of responses, once every answer has ended
+_CUT_OFF_SECONDS = 2.0  # from the second signal to the end of the process
+_LAST_WORDS_SECONDS = 0.5  # of these, to say to clients that they are cut off
+_THREADS_SECONDS = 1.0  # for threads that are busy when all has ended, as with a schema that nobody waits for any more
+_INTERRUPTED = 130
 
 
 class Server:
@@ -41,7 +46,10 @@ class Server:
         return len(self._http.server_state.connections)
 
     async def serve(self, names: Sequence[str], ready: Callable[[], None]) -> None:
-        """Serve until `stop`, then finish what was begun. Raises what attaching the names raises."""
+        """Serve until `stop`, then finish what was begun; when it is cancelled, cut that off.
+
+        Raises what attaching the names raises.
+        """
         closed = False
         try:
             await self.host.start(names)
@@ -53,11 +61,20 @@ class Server:
             await serving
         finally:
             if not closed:  # an error, or whoever waits for the answers on their way waits no more
-                await self.host.engine.close(0)
+                await self._cut_off()
 
     def stop(self) -> None:
         """Drain and end; called in the server's event loop."""
         self._stop.set()
+
+    async def _cut_off(self) -> None:
+        """End what is on its way; whoever asked for it is told so."""
+        closing = asyncio.ensure_future(self.host.engine.close(0))
+        on_way = tuple(self._http.server_state.tasks)
+        await asyncio.wait((closing, *on_way), timeout=_LAST_WORDS_SECONDS)
+        for each in on_way:  # they wait for something else than an answer; the guard answers for them
+            each.cancel()
+        await closing
 
     async def _until_stopped(self, serving: asyncio.Future[None], ready: Callable[[], None]) -> None:
         stopped = asyncio.ensure_future(self._stop.wait())
@@ -74,24 +91,66 @@ class Server:
 def run(opening: Callable[[], Awaitable[Server]], names: Sequence[str], ready: Callable[[Server], None]) -> int:
     """Open a server and serve until Ctrl-C or SIGTERM, then drain; the process's exit code.
 
-    Raises what opening it and attaching the names raises, and KeyboardInterrupt at a second signal.
+    A second signal cuts off what is on its way, and a thread that is busy then holds the process for a moment only.
+    Raises what opening the server and attaching the names raises, and KeyboardInterrupt at a signal while it opens.
     """
-    return asyncio.run(_until_signal(opening, names, ready))
+    try:
+        return asyncio.run(_until_signal(opening, names, ready))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 async def _until_signal(
     opening: Callable[[], Awaitable[Server]], names: Sequence[str], ready: Callable[[Server], None]
 ) -> int:
-    server = await opening()
+    server, serving, loop = await opening(), asyncio.current_task(), asyncio.get_running_loop()
+    assert serving is not None
 
-    def told(number: int) -> None:
+    def first(number: int) -> None:
         name = signal.Signals(number).name
         server.report(Note(f"{name}: answers on their way are finished; a second one ends at once"))
         server.stop()
 
-    with _first_signal(told) as seen:
-        await server.serve(names, lambda: ready(server))
-    return 130 if signal.SIGINT in seen else 0
+    def came(number: int, nth: int) -> None:
+        if nth == 1:
+            _end_within(server.spec.drain_seconds + 2 * _LAST_SECONDS, _code(number))
+            loop.call_soon_threadsafe(first, number)
+        elif nth == 2:
+            _end_within(_CUT_OFF_SECONDS, _INTERRUPTED)
+            loop.call_soon_threadsafe(serving.cancel)
+
+    with _signals(came) as seen:
+        try:
+            await server.serve(names, lambda: ready(server))
+        except asyncio.CancelledError:
+            if len(seen) < 2:
+                raise
+    if not seen:
+        return 0
+    if len(seen) > 1:
+        return _INTERRUPTED
+    _end_within(_THREADS_SECONDS, _code(seen[0]))  # asyncio waits for all threads
+    return _code(seen[0])
+
+
+def _code(number: int) -> int:
+    return _INTERRUPTED if number == signal.SIGINT else 0
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """End the process then, whatever it still does: a thread that computes for nobody cannot be stopped.
+
+    An alarm and no thread: it interrupts the waiting for threads as well.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(code)
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -103,27 +162,20 @@ class _Uvicorn(uvicorn.Server):
 
 
 @contextmanager
-def _first_signal(told: Callable[[int], None]) -> Iterator[list[int]]:
-    """Call `told` in the event loop at the first Ctrl-C or SIGTERM; the next one does what it did before."""
-    loop, seen = asyncio.get_running_loop(), list[int]()
-    if threading.current_thread() is not threading.main_thread():
-        yield seen
-        return
+def _signals(came: Callable[[int, int], None]) -> Iterator[list[int]]:
+    """Call `came` at each Ctrl-C or SIGTERM, with its number and how many there were; gives the numbers."""
+    seen = list[int]()
 
-    def first(number: int, frame: FrameType | None) -> None:
-        restore()
+    def handler(number: int, frame: FrameType | None) -> None:
         seen.append(number)
-        loop.call_soon_threadsafe(told, number)
+        came(number, len(seen))
 
-    def restore() -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    before = {each: signal.signal(each, first) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.signal(each, handler) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield seen
     finally:
-        restore()
+        for each, old in before.items():
+            signal.signal(each, old)
 
 
 def _settings(app: object, spec: ServeSpec) -> uvicorn.Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Mapping
 
 from pydantic import SecretStr
@@ -13,6 +14,8 @@ from peftkit.serving.spec import ServeSpec, is_loopback
 
 _READS = ("GET", "HEAD", "OPTIONS")
 _OPEN = ("/", "/health")
+_SCHEMES = ("http", "https")
+_HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^:\[\]]+))(?::\d{1,5})?")
 _WILDCARD = ("0.0.0.0", "::")
 _OWN_PAGE = (None, "same-origin", "none")  # of Sec-Fetch-Site: no browser, this server's page, typed by the user
 
@@ -39,7 +42,7 @@ def check_origin(method: str, path: str, headers: Mapping[str, str], spec: Serve
     """Refuse what a page of another origin sends, unless it may; a link to the server's own page is followed."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if origin is not None:
-        if allowed_origin(headers, spec) or origin.lower().partition("://")[2] == headers.get("host", "").lower():
+        if allowed_origin(headers, spec) or (site in _OWN_PAGE and _is_own(origin, headers)):
             return
     elif site in _OWN_PAGE or _is_link(method, path, headers):
         return
@@ -120,9 +123,14 @@ def _under(path: str, folder: str) -> bool:
 def _name_of(host: str) -> str:
     """A Host header without its port: forwarded ports are other ones than the server's own."""
     host = host.strip().lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] or host if host.count(":") == 1 else host
+    found = _HOST.fullmatch(host)
+    return (found["address"] or found["name"]) if found else host  # an IPv6 address may stand there bare
+
+
+def _is_own(origin: str, headers: Mapping[str, str]) -> bool:
+    """Whether an origin is what was asked; behind a proxy it is https, and only the browser knows which was asked."""
+    scheme, _, name = origin.lower().partition("://")
+    return scheme in _SCHEMES and name == headers.get("host", "").strip().lower()
 
 
 def _is_address(name: str) -> bool:

@@ -17,6 +17,8 @@ MOST_CHOICES = 128
 """Answers to one request: `n` times its prompts. It is OpenAI's bound of `n`."""
 _MOST_STOPS = 4  # OpenAI's
 _MOST_TOP = 20  # OpenAI's
+_LONGEST_NAME = 300
+"""Of a model: an adapter's with its alias has 129 at most, and bases are named by owner and repository."""
 _SEEDS = (-(2**63), 2**64 - 1)  # what the engine takes
 _HOTTEST = 2.0  # OpenAI's
 
@@ -109,6 +111,8 @@ def _shared(fields: Fields, spec: ServeSpec, like: Request, *, prompts: int, exa
     model = fields.text("model", required=True)
     if model == "":
         fields.wrong("model", "is empty: expected a name that /v1/models lists")
+    if model is not None and len(model) > _LONGEST_NAME:
+        fields.wrong("model", f"is {shown(model)} ({len(model)} characters): expected at most {_LONGEST_NAME}")
     most = max(1, min(MOST_CHOICES, spec.waiting))
     n = fields.whole("n", 1, most) or 1
     if prompts > 1 and prompts * n > most:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,13 +15,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from peftkit.errors import PeftkitError
+from peftkit.errors import AdapterNotFound, PeftkitError, RegistryError
+from peftkit.generation.constrain import Grammar
+from peftkit.registry.layout import parse_reference
+from peftkit.registry.store import Version
 from peftkit.serving.host import Host
 from peftkit.serving.metrics import Metrics
 from peftkit.serving.openai.asked import Asked, Chat, Text, read_chat, read_text
 from peftkit.serving.openai.call_forms import Spelling, form_of, shown
 from peftkit.serving.openai.calls import Form, Reading
-from peftkit.serving.openai.failures import Refused, answer_for, failure_of
+from peftkit.serving.openai.failures import Refused, about, answer_for, failure_of
 from peftkit.serving.openai.flight import Deadline, Ended, Flight, Left, OnWay, begin, unless_left
 from peftkit.serving.openai.told import (
     DONE,
@@ -59,6 +64,7 @@ def routes(host: Host, spec: ServeSpec, metrics: Metrics) -> list[Route]:
 class _Api:
     def __init__(self, host: Host, spec: ServeSpec, metrics: Metrics) -> None:
         self._host, self._spec, self._metrics = host, spec, metrics
+        self._compiles = ThreadPoolExecutor(1, thread_name_prefix="peftkit-schemas")
 
     async def models(self, request: HttpRequest) -> Response:
         listed = [_model(model.id, model.since) for model in self._host.models()]
@@ -66,7 +72,7 @@ class _Api:
 
     async def model(self, request: HttpRequest) -> Response:
         asked = str(request.path_params["model"])
-        await self._host.find(asked)
+        await self._find(asked)
         since = {model.id: model.since for model in self._host.models()}
         known = since.get(asked, since.get(asked.partition("@")[0], since[self._host.base]))
         return JSONResponse(_model(asked, known))
@@ -81,7 +87,7 @@ class _Api:
         self,
         request: HttpRequest,
         read: Callable[[bytes, ServeSpec], A],
-        start: Callable[[A, Deadline], Awaitable[list[OnWay]]],
+        start: Callable[[A], Awaitable[list[OnWay]]],
     ) -> Response:
         """The response to a request, whatever goes wrong with it that can be foreseen."""
         try:
@@ -90,9 +96,7 @@ class _Api:
         except (Left, ClientDisconnect):
             return Response(status_code=_LEFT)
         except (PeftkitError, Refused) as error:
-            refused = answer_for(error)
-            self._metrics.refused(refused.status_code)
-            return refused
+            return answer_for(error)
         if asked.stream:
             return _Stream(self._events(asked, flight), flight)
         try:
@@ -110,10 +114,12 @@ class _Api:
 
     # ---- begin
 
-    async def _begun(self, asked: A, start: Callable[[A, Deadline], Awaitable[list[OnWay]]]) -> Flight:
+    async def _begun(self, asked: A, start: Callable[[A], Awaitable[list[OnWay]]]) -> Flight:
         deadline = Deadline.of(self._spec.request_seconds)
         watch = self._metrics.begun(asked.model)
-        flight = Flight(await start(asked, deadline), self._host.engine.tokenizer, watch, deadline)
+        async with deadline.kept():
+            answers = await start(asked)
+        flight = Flight(answers, self._host.engine.tokenizer, watch, deadline)
         positions = self._host.engine.positions
         longest, new = max(each.answer.prompt_tokens for each in flight.answers), asked.like.max_new_tokens
         if asked.exact and positions is not None and longest + new > positions:
@@ -127,11 +133,16 @@ class _Api:
             )
         return flight
 
-    async def _begin_chat(self, asked: Chat, deadline: Deadline) -> list[OnWay]:
-        form, spelling = await self._form(asked)
+    async def _begin_chat(self, asked: Chat) -> list[OnWay]:
+        """Found once and rendered once: a name may change hands while the answers begin."""
+        version = await self._find(asked.model)
+        form, spelling = await self._form(asked, version)
         tools, turns = asked.tools, [spelling.turn(turn) for turn in asked.turns]
-        starts = [partial(self._host.chat, asked.model, turns, like, tools.listed) for like in asked.choices()]
-        answers = await begin(starts, deadline)
+        prompt = await self._host.rendered(version, turns, tools.listed)
+        with about("tools" if tools.listed else "response_format"):
+            await self._compiled(asked.like.json_schema)
+        with about("messages"):
+            answers = await begin([partial(self._host.begin, version, prompt, like) for like in asked.choices()])
         return [
             OnWay(
                 index=at,
@@ -144,19 +155,22 @@ class _Api:
             for at, answer in enumerate(answers)
         ]
 
-    async def _form(self, asked: Chat) -> tuple[Form | None, Spelling]:
+    async def _form(self, asked: Chat, version: Version | None) -> tuple[Form | None, Spelling]:
         """How calls are written, and how they are handed to the template. Raises DataError where they would not be in
         the prompt."""
         if not asked.tools.listed and not any("tool_calls" in turn for turn in asked.turns):
             return None, Spelling()
-        rendering = self._host.engine.rendering(await self._host.find(asked.model))
+        rendering = self._host.engine.rendering(version)
         tokenizer = self._host.engine.tokenizer
         found = await asyncio.to_thread(shown, tokenizer, rendering)
         return form_of(found, tokenizer) if asked.tools.choice == "auto" else None, found.spelling
 
-    async def _begin_text(self, asked: Text, deadline: Deadline) -> list[OnWay]:
-        each_prompt = [(prompt, like) for prompt in asked.prompts for like in asked.choices()]
-        answers = await begin([partial(self._host.complete, asked.model, *given) for given in each_prompt], deadline)
+    async def _begin_text(self, asked: Text) -> list[OnWay]:
+        version = await self._find(asked.model)
+        with about("prompt"):
+            encoded = [await self._host.encoded(prompt) for prompt in asked.prompts]
+            each_ids = [(ids, like) for ids in encoded for like in asked.choices()]
+            answers = await begin([partial(self._host.begin, version, *given) for given in each_ids])
         return [
             OnWay(
                 index=at,
@@ -164,10 +178,27 @@ class _Api:
                 reading=Reading(_NO_TOOLS, None),
                 logprobs=asked.like.logprobs is not None,
                 again=at % asked.n > 0,
-                before=self._words(prompt) if asked.echo else "",
+                before=self._words(asked.prompts[at // asked.n]) if asked.echo else "",
             )
-            for at, (answer, (prompt, _)) in enumerate(zip(answers, each_prompt, strict=True))
+            for at, answer in enumerate(answers)
         ]
+
+    async def _find(self, model: str) -> Version | None:
+        """What answers now. What can be no name of a version is not served, as any other unknown name."""
+        try:
+            return await self._host.find(model)
+        except AdapterNotFound:
+            raise
+        except RegistryError as error:
+            if _is_reference(model):
+                raise
+            raise Refused(404, str(error), param="model", code="model_not_found") from error
+
+    async def _compiled(self, schema: Mapping[str, Any] | None) -> None:
+        """Compile a schema beforehand, one at a time: the threads that begin answers wait for none then."""
+        if schema is not None:
+            compiling = partial(Grammar.of, schema, self._host.engine.tokenizer)
+            await asyncio.get_running_loop().run_in_executor(self._compiles, compiling)
 
     def _words(self, prompt: str | tuple[int, ...]) -> str:
         if isinstance(prompt, str):
@@ -236,6 +267,13 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._flight.end("cancelled")
+
+
+def _is_reference(model: str) -> bool:
+    with suppress(RegistryError):
+        parse_reference(model)
+        return True
+    return False
 
 
 def _model(name: str, since: float) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,8 @@ from peftkit.errors import (
 RETRY_AFTER = 1
 """Seconds: a row is free again after an answer, which seldom takes longer."""
 
+_MOST = 4000
+"""Characters of a message: names and values that were sent are repeated in it. 20 problems of a body fit."""
 _ASKED = (AdapterNotFound, ConfigError, DataError, BaseMismatch, TuningError, RegistryError)
 
 
@@ -62,7 +65,8 @@ class Failure:
     @property
     def body(self) -> dict[str, Any]:
         """As OpenAI writes it."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        said = self.message if len(self.message) <= _MOST else self.message[: _MOST - 1] + "…"
+        return {"error": {"message": said, "type": self.type, "param": self.param, "code": self.code}}
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -77,7 +81,7 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, AdapterNotFound):
         return Failure(404, str(error), param="model", code="model_not_found")
     if isinstance(error, _ASKED) and not isinstance(error, AdapterDamaged):
-        return Failure(400, str(error), code=_code(error))
+        return Failure(400, _words(error), code=_code(error))
     # The same request would fail in the same way, and without this OpenAI's client sends it twice more.
     final = {"x-should-retry": "false"}
     said = str(error) if isinstance(error, PeftkitError) else "internal error"
@@ -88,6 +92,24 @@ def answer_for(error: BaseException) -> JSONResponse:
     """The response that tells a client of an error."""
     failure = failure_of(error)
     return JSONResponse(failure.body, failure.status, dict(failure.headers))
+
+
+@contextmanager
+def about(param: str) -> Iterator[None]:
+    """Say of which parameter it is that something which was asked cannot be done."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise Refused(400, _words(error), param=param) from error
+
+
+def _words(error: PeftkitError) -> str:
+    """A heading over one problem tells a client nothing, but where it is when that is not the request itself."""
+    said = str(error)
+    if not isinstance(error, ConfigError) or len(error.problems) != 1:
+        return said
+    where, _, problem = said.removeprefix("1 problem in ").partition("\n- ")
+    return problem if where == "the request" else f"{where}: {problem}"
 
 
 def _code(error: BaseException) -> str | None:

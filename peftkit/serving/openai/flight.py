@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -17,8 +18,6 @@ from peftkit.serving.openai.calls import Reading
 from peftkit.serving.openai.failures import Draining, Refused
 from peftkit.serving.openai.told import Choice
 
-_ATTEMPTS = 8
-"""Times to begin again because a name changed hands between two answers to one request."""
 T = TypeVar("T")
 
 
@@ -39,6 +38,17 @@ class Deadline:
     def of(cls, seconds: float) -> Deadline:
         """So many seconds from now."""
         return cls(seconds, asyncio.get_running_loop().time() + seconds)
+
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Raise Refused when the block takes longer."""
+        try:
+            async with asyncio.timeout_at(self.at) as clock:
+                yield
+        except TimeoutError as error:
+            if clock.expired():
+                raise self.over() from error
+            raise
 
     def over(self) -> Refused:
         """What whoever asked is told then."""
@@ -91,11 +101,12 @@ class Flight:
         self.answers = answers
         self.prompt_tokens = sum(each.answer.prompt_tokens for each in answers if not each.again)
         self.tokens = 0
-        """Of the answers that have ended."""
+        """Of the answers that are not on their way any more."""
         self._tokenizer, self._watch, self._deadline = tokenizer, watch, deadline
         self._finishes: dict[int, str] = {}
         self._alarm: asyncio.TimerHandle | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._over = False
 
     @property
     def reference(self) -> str | None:
@@ -116,19 +127,17 @@ class Flight:
                 raise item
             if isinstance(item, Ended):
                 self._finishes[item.index] = item.choice.finish
-                self.tokens += len(item.choice.completion.ids)
             self._watch.first()
             yield item
 
     def end(self, finish: str) -> None:
         """Stop what has not ended, and count the request: by its first answer when all have ended, or by `finish`.
         Only the first call counts."""
-        for each in self.answers:
+        self._over = True
+        for each in self.answers:  # those who follow them come to their end by that, and count what there was
             each.answer.cancel()
         if self._alarm is not None:
             self._alarm.cancel()
-        for task in self._tasks:
-            task.cancel()
         if len(self._finishes) == len(self.answers):
             finish = self._finishes[self.answers[0].index]
         self._watch.ended(finish, self.prompt_tokens, self.tokens)
@@ -141,6 +150,9 @@ class Flight:
                     given.append(text)
                     queue.put_nowait(Piece(each.index, text))
             completion = await each.answer.whole()
+            self._count(len(completion.ids))
+            if self._over:
+                return
             if completion.finish == "cancelled":  # by nobody here: whoever does so no longer listens
                 raise Draining("the server shut down before the answer was whole")
             rest, calls = each.reading.finish(completion, self._tokenizer, each.stop)
@@ -149,29 +161,28 @@ class Flight:
         except Exception as error:
             queue.put_nowait(error)
 
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
+        if self._over:
+            self._watch.late(tokens)
+
     def _expire(self, queue: asyncio.Queue[Piece | Ended | Exception]) -> None:
         queue.put_nowait(self._deadline.over())
         self.end("cancelled")
 
 
-async def begin(starts: Sequence[Callable[[], Awaitable[Answer]]], deadline: Deadline) -> list[Answer]:
-    """Begin all answers to one request, with one version. Raises what the first raises that cannot begin; then, and
-    when this is cancelled, those that have begun are stopped."""
-    for _ in range(_ATTEMPTS):
-        begun: list[Answer] = []
-        try:
-            async with asyncio.timeout_at(deadline.at) as clock:
-                for start in starts:
-                    begun.append(await start())
-            if len({answer.reference for answer in begun}) == 1:
-                return begun
-        except BaseException as error:
-            _stop(begun)
-            if isinstance(error, TimeoutError) and clock.expired():
-                raise deadline.over() from error
-            raise
-        _stop(begun)
-    raise Refused(503, "the model changes all the time", type="server_error", headers={"Retry-After": "1"})
+async def begin(starts: Sequence[Callable[[], Awaitable[Answer]]]) -> list[Answer]:
+    """Begin all answers to one request. Raises what the first raises that cannot begin; then, and when this is
+    cancelled, those that have begun are stopped."""
+    begun: list[Answer] = []
+    try:
+        for start in starts:
+            begun.append(await start())
+    except BaseException:
+        for answer in begun:
+            answer.cancel()
+        raise
+    return begun
 
 
 async def unless_left(request: HttpRequest, work: Coroutine[Any, Any, T], undo: Callable[[T], None]) -> T:
@@ -196,11 +207,6 @@ async def unless_left(request: HttpRequest, work: Coroutine[Any, Any, T], undo: 
 def _undone(undo: Callable[[T], None], task: asyncio.Future[T]) -> None:
     if not task.cancelled() and task.exception() is None:
         undo(task.result())
-
-
-def _stop(answers: Sequence[Answer]) -> None:
-    for answer in answers:
-        answer.cancel()
 
 
 async def _gone(request: HttpRequest) -> None:

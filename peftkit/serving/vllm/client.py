@@ -20,6 +20,10 @@ _SECONDS = 10.0
 _BUSY = re.compile(r"^vllm:num_requests_(running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
 
 
+_LOAD_SECONDS = 120.0
+"""For an adapter that goes into vLLM or out of it: it reads the files, and waits for those before."""
+
+
 class Client:
     """Asks one vLLM."""
 
@@ -41,11 +45,11 @@ class Client:
 
     async def version(self) -> str:
         """Of vLLM."""
-        return str((await self._asked("GET", "/version", timeout=_SECONDS))["version"])
+        return str((await self._asked("GET", "/version"))["version"])
 
     async def positions(self) -> int | None:
         """The most tokens of a prompt with its answer: the base's, or what it was started with."""
-        models = (await self._asked("GET", "/v1/models", timeout=_SECONDS))["data"]
+        models = (await self._asked("GET", "/v1/models"))["data"]
         found = [each["max_model_len"] for each in models if each.get("max_model_len")]
         return int(found[0]) if found else None
 
@@ -62,15 +66,17 @@ class Client:
 
     async def load(self, name: str, folder: Path) -> None:
         """Let an adapter answer to a name. Raises GenerationError with vLLM's reason."""
-        await self._asked("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        body = {"lora_name": name, "lora_path": str(folder)}
+        await self._asked("POST", "/v1/load_lora_adapter", body, _LOAD_SECONDS)
 
     async def unload(self, name: str) -> None:
         """Let nobody answer to a name any more."""
-        await self._asked("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        await self._asked("POST", "/v1/unload_lora_adapter", {"lora_name": name}, _LOAD_SECONDS)
 
     async def complete(self, body: Mapping[str, Any]) -> httpx2.Response:
         """Begin a completion; its events are read with `events`. Raises ConfigError for what vLLM does not take."""
         request = self._http.build_request("POST", "/v1/completions", json={**body, "stream": True})
+        self._check_open()
         try:
             response = await self._http.send(request, stream=True)
             if response.status_code == 200:
@@ -87,9 +93,16 @@ class Client:
         """Close every connection."""
         await self._http.aclose()
 
-    async def _asked(self, method: str, path: str, body: Any = None, timeout: float | None = None) -> Any:
+    def _check_open(self) -> None:
+        if self._http.is_closed:
+            raise GenerationError("vLLM has been ended", expected="a request before that")
+
+    async def _asked(self, method: str, path: str, body: Any = None, timeout: float = _SECONDS) -> Any:
+        self._check_open()
         try:
             response = await self._http.request(method, path, json=body, timeout=timeout)
+        except httpx2.TimeoutException as error:
+            raise GenerationError(f"vLLM has not answered {path} within {timeout:g} seconds") from error
         except httpx2.TransportError as error:
             raise unreachable(error) from error
         if response.status_code != 200:

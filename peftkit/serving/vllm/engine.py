@@ -13,14 +13,13 @@ from pathlib import Path
 
 from peftkit.base.ref import read_config
 from peftkit.base.tokenizer import Tokenizer, load_tokenizer
-from peftkit.data.audit import recorded_rendering
 from peftkit.data.template import Rendering
 from peftkit.errors import ConfigError, EngineBusy, GenerationError, PeftkitError, TuningError
 from peftkit.events import Report, Warned
 from peftkit.generation.check import check
 from peftkit.generation.constrain import Grammar
 from peftkit.generation.limits import Limits
-from peftkit.generation.opening import Found
+from peftkit.generation.opening import Found, rendering_of
 from peftkit.generation.requests import Request
 from peftkit.registry.store import Registry, Version
 from peftkit.release.export.vllm import allowed_rank
@@ -120,9 +119,7 @@ class VllmEngine:
 
     def rendering(self, version: Version | None) -> Rendering:
         """How the training of what answers rendered its rows; the base is asked as the first version is."""
-        asked_for = version or self._first
-        recipe = asked_for.manifest.recipe if asked_for else None
-        return recorded_rendering(recipe.config if recipe else {})
+        return rendering_of(version or self._first)
 
     async def prepare(self, version: Version) -> None:
         """Export a version and load it into vLLM. Raises PeftkitError, and then nothing has changed."""
@@ -198,12 +195,10 @@ class VllmEngine:
         await asyncio.to_thread(shutil.rmtree, self._place.folder, ignore_errors=True)
 
     def _check_open(self) -> None:
-        on_way, most = len(self._answers) + self._beginning, self._limits.waiting
         if self._closed:
             raise EngineBusy("the engine takes no more requests", expected="a request before it was closed")
-        if most is not None and on_way >= self._limits.rows + most:
-            hint = "try again when some have been answered"
-            raise EngineBusy(f"{on_way} requests are on their way", expected="fewer", hint=hint)
+        on_way, rows = len(self._answers) + self._beginning, self._limits.rows
+        self._limits.check_room(min(on_way, rows), max(0, on_way - rows))
 
     async def _resident(self, version: Version) -> Resident:
         """The version's place in vLLM, where it is loaded if it is not there."""
