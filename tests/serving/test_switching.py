@@ -59,9 +59,10 @@ def watch(stage: Stage) -> Watched:
         watched.look()
         return model
 
-    def noted_remove(name: str) -> None:
-        remove(name)
+    def noted_remove(name: str) -> object:
+        gone = remove(name)
         watched.look()
+        return gone
 
     names.put, names.remove = noted_put, noted_remove  # type: ignore[method-assign,assignment]
     watched.look()

@@ -249,7 +249,7 @@ def test_seats_agree_with_the_model_whatever_happens(lab: Lab, monkeypatch: pyte
     }
     Machine.alone = {version.id: lab.alone(version) for version in Machine.versions.values()}
     checks = settings(
-        max_examples=50,  # hypothesis draws constants from whatever modules are loaded, so the counts below vary
+        max_examples=100,  # hypothesis draws constants from whatever modules are loaded, so the counts below vary
         stateful_step_count=40,
         deadline=None,
         derandomize=True,
