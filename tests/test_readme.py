@@ -259,6 +259,18 @@ def test_figures_of_serving_stand_in_the_results() -> None:
     assert f"{peft['ms'] / bank['ms']:.1f} times as fast as PEFT's mixed batch" in README
 
 
+def test_figures_of_the_server_stand_in_the_results() -> None:
+    lines = json.loads((ROOT / "benchmarks/results/server.json").read_text())["lines"]
+    found = {(line["what"], line["clients"]): line for line in lines}
+    shown = re.findall(r"^\| (peftkit serve, [^|]+|transformers serve[^|]*) \| (.+) \|$", README, flags=re.MULTILINE)
+    assert [what for what, _ in shown] == list(dict.fromkeys(line["what"] for line in lines))
+    for what, cells in shown:
+        known = [found[what, clients] for clients in (1, 8, 64)]
+        speeds = [f"{line['tokens_per_second']:.0f}" for line in known]
+        waits = [f"{line['first_token_ms_p50'] / 1000:.1f} / {line['first_token_ms_p99'] / 1000:.1f}" for line in known]
+        assert cells.split(" | ") == [*speeds, *waits], what
+
+
 def test_figures_of_training_speed_stand_in_the_results() -> None:
     found = json.loads((ROOT / "benchmarks/results/train_throughput.json").read_text())
     text = re.sub(r"\s+", " ", README)
