@@ -136,9 +136,7 @@ class _Opening:
         from peftkit.serving.local import LocalEngine
 
         chosen = {"other_base": other_base, "limits": self.limits, "report": self.report}
-        engine = LocalEngine(open_engine(self.found, self.versions, self.cache, **chosen))
-        engine.start()
-        return engine
+        return LocalEngine.opened_by(lambda: open_engine(self.found, self.versions, self.cache, **chosen))
 
     async def vllm(self, arguments: list[str]) -> Any:
         with extra("serve", "--engine vllm"):

@@ -56,6 +56,28 @@ class LocalEngine:
         self._late = False
         self._idle = asyncio.Event()
 
+    @classmethod
+    def opened_by(cls, opening: Callable[[], Opened]) -> LocalEngine:
+        """Open an engine in the thread that will step it, and begin to answer. Raises what `opening` raises.
+
+        A thread that computes has a pool of OpenMP's, and with a second pool, of the thread that loaded the base, every
+        step is a third slower (docs/decisions/0021).
+        """
+        opened: Future[LocalEngine] = Future()
+
+        def run() -> None:
+            try:
+                engine = cls(opening())
+            except BaseException as error:
+                opened.set_exception(error)
+                return
+            engine._thread = threading.current_thread()
+            opened.set_result(engine)
+            engine._drive()
+
+        threading.Thread(target=run, name="peftkit-engine", daemon=True).start()
+        return opened.result()
+
     def start(self) -> None:
         """Begin to answer."""
         self._thread.start()

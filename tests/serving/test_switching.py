@@ -42,7 +42,8 @@ class Watched:
     bound: dict[str, list[str | None]] = field(default_factory=dict)
 
     def look(self) -> None:
-        known = self.stage.versions()
+        names = self.stage.host._binding.names  # with those that answer because `alpha` is attached
+        known = {model.id: model.version.id for model in names if model.version}
         for name in {*self.bound, *known}:
             history = self.bound.setdefault(name, [])
             if not history or history[-1] != known.get(name):
