@@ -157,6 +157,12 @@ class Machine(RuleBasedStateMachine):
         with pytest.raises((TuningError, AdapterDamaged)):
             self.fleet.pin(name)
 
+    @rule(order=st.permutations(NAMES))
+    def pin_all(self, order: list[str]) -> None:
+        """More than there are slots; drawn one by one, this many pins are rare."""
+        for name in order:
+            self.pin(name)
+
     @precondition(lambda self: self.model.pins)
     @rule(data=st.data())
     def unpin(self, data: st.DataObject) -> None:
@@ -249,11 +255,11 @@ def test_seats_agree_with_the_model_whatever_happens(lab: Lab, monkeypatch: pyte
     }
     Machine.alone = {version.id: lab.alone(version) for version in Machine.versions.values()}
     checks = settings(
-        max_examples=100,  # hypothesis draws constants from whatever modules are loaded, so the counts below vary
+        max_examples=50,  # hypothesis draws constants from whatever modules are loaded, so the counts below vary
         stateful_step_count=40,
         deadline=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(Machine, settings=checks)
-    assert all(Machine.seen.get(outcome) for outcome in ("seated", "full", "pinned", "unreadable", "interrupted"))
+    assert {"seated", "full", "pinned", "unreadable", "interrupted"} <= Machine.seen.keys(), Machine.seen
