@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from peftkit.base.tokenizer import Ahead, Tokenizer
@@ -161,39 +161,7 @@ def prompt_for(
         message for shot in shots for message in prepare(shot, tokenizer, rendering) if message["role"] != "system"
     ]
     text = render([*system, *examples, *history], row, tokenizer, rendering, prompt=True)
-    return _prompt_ids(text, tokenizer, rendering)
-
-
-def chat_prompt(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    rendering: Rendering,
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> list[int]:
-    """Token ids of a conversation that waits for an answer, rendered as training rendered it.
-
-    Raises DataError when it cannot be rendered, and for `tools` that the template leaves out of the prompt.
-    """
-    row = Row(messages=tuple(dict(m) for m in messages), text=None, tools=tuple(dict(tool) for tool in tools) or None,
-              chat_template_kwargs={}, columns={}, where="chat")  # type: ignore[arg-type]  # fmt: skip
-    turns = prepare(row, tokenizer, rendering)
-    text = render(turns, row, tokenizer, rendering, prompt=True)
-    if row.tools:
-        _check_tools(row.tools, tokenizer)
-        if text == render(turns, replace(row, tools=None), tokenizer, rendering, prompt=True):
-            raise DataError(
-                f"the base's chat template does not show the model its {len(row.tools)} tools",
-                expected="a base whose template renders tools",
-                hint="describe them in the system message, or ask without tools",
-            )
-    return _prompt_ids(text, tokenizer, rendering)
-
-
-def _check_tools(tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> None:
-    """Raise DataError when a definition contains a control token: rendered, it would end or fake a turn."""
-    found = next((token for text in _texts(tools) for token in tokenizer.control if token in text), None)
-    if found:
-        raise DataError(f"chat: a tool contains the control token {found!r}", expected="plain text in its definition")
+    return prompt_ids(text, tokenizer, rendering)
 
 
 def segments(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -216,7 +184,7 @@ def prepare(row: Row, tokenizer: Tokenizer, rendering: Rendering) -> list[dict[s
     """
     messages = []
     for number, message in enumerate(row.messages, start=1):
-        found = next((token for text in _texts(message) for token in tokenizer.control if token in text), None)
+        found = next((token for text in texts_of(message) for token in tokenizer.control if token in text), None)
         if found:
             raise DataError(
                 f"{row.where}: message {number} ({message['role']}) contains the control token {found!r}",
@@ -238,16 +206,16 @@ def prepare(row: Row, tokenizer: Tokenizer, rendering: Rendering) -> list[dict[s
     return messages
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_of(value: Any) -> Iterator[str]:
     """Every string inside a message: content, reasoning, names and arguments of tool calls."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _texts(item)
+            yield from texts_of(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts_of(item)
 
 
 def _encode_text(row: Row, index: int, tokenizer: Tokenizer) -> Example:
@@ -288,7 +256,7 @@ def _one_sequence(
     for at, answer in enumerate(answers):
         if not answer.prompt.startswith(text):
             return None
-        whole = _prompt_ids(answer.prompt, tokenizer, rendering)
+        whole = prompt_ids(answer.prompt, tokenizer, rendering)
         between = tokenizer.encode(answer.prompt[len(text) :]) if ids else whole
         if whole != ids + between:
             return None
@@ -301,12 +269,12 @@ def _one_sequence(
 
 
 def _single(answer: _Answer, index: int, row: Row, tokenizer: Tokenizer, rendering: Rendering) -> Example:
-    prompt = _prompt_ids(answer.prompt, tokenizer, rendering)
+    prompt = prompt_ids(answer.prompt, tokenizer, rendering)
     labels = [IGNORED] * len(prompt) + answer.ids
     return Example(prompt + answer.ids, labels, len(prompt), index, str(row.where), answer.stop_added)
 
 
-def _prompt_ids(text: str, tokenizer: Tokenizer, rendering: Rendering) -> list[int]:
+def prompt_ids(text: str, tokenizer: Tokenizer, rendering: Rendering) -> list[int]:
     """What inference feeds: a chat template writes its own BOS, plain text gets the tokenizer's."""
     return [*(tokenizer.bos if rendering.template == "plain" else []), *tokenizer.encode(text)]
 

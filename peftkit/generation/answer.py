@@ -8,7 +8,7 @@ from typing import Any
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.canonical import canonical_json
-from peftkit.data.chat import chat_prompt
+from peftkit.data.chat_prompt import chat_prompt
 from peftkit.data.template import Rendering
 from peftkit.errors import DataError, GenerationError, PeftkitError
 from peftkit.generation.opening import Opened

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from tiny_bases import CHATML, write_tokenizer
 
 from peftkit.base.tokenizer import Tokenizer, load_tokenizer
-from peftkit.data.chat import IGNORED, Example, chat_prompt, encode_row, prompt_for, segments
+from peftkit.data.chat import IGNORED, Example, encode_row, prompt_for, segments
+from peftkit.data.chat_prompt import chat_prompt
 from peftkit.data.formats import Row
 from peftkit.data.readers import Where
 from peftkit.data.template import Rendering

@@ -20,7 +20,7 @@ from peftkit.backbone.load import Backbone, load_backbone
 from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec
 from peftkit.data.audit import DataSpec, Part, encode
-from peftkit.data.chat import chat_prompt
+from peftkit.data.chat_prompt import chat_prompt
 from peftkit.data.formats import load_rows
 from peftkit.errors import DataError
 from peftkit.evaluation.behaviour.asking import Asked, behave, prepare_behaviour, with_recall

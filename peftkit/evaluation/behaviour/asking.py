@@ -11,7 +11,8 @@ import torch
 from peftkit.backbone.load import Backbone
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.audit import Part
-from peftkit.data.chat import IGNORED, chat_prompt
+from peftkit.data.chat import IGNORED
+from peftkit.data.chat_prompt import chat_prompt
 from peftkit.data.formats import LISTED, Row
 from peftkit.data.template import Rendering
 from peftkit.errors import DataError

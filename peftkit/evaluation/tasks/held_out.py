@@ -9,7 +9,7 @@ from typing import Any
 
 from peftkit.backbone.load import Backbone
 from peftkit.base.head import NO_ANSWER, Head
-from peftkit.data.chat import chat_prompt
+from peftkit.data.chat_prompt import chat_prompt
 from peftkit.data.tasks.decode import decode
 from peftkit.data.tasks.task import Prediction, TaskExample, TaskName, TaskPart, TaskRow
 from peftkit.data.template import Rendering
