@@ -15,19 +15,17 @@ from typing import TypeVar
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.template import Rendering
 from peftkit.errors import EngineBusy, PeftkitError
-from peftkit.generation.answer import stopped
 from peftkit.generation.limits import positions_of
 from peftkit.generation.opening import Opened, check_answers
 from peftkit.generation.requests import Completion, Request
 from peftkit.generation.running import Ticket
 from peftkit.registry.store import Version
 from peftkit.serving.answering import Load
+from peftkit.serving.faults import Faults
 from peftkit.serving.known import Known
 from peftkit.serving.local_answer import LocalAnswer
 from peftkit.tuning.stored import read
 
-_IN_A_ROW = 3
-"""Steps in which the device's errors, which are RuntimeErrors, ended answers, and none came to its end: it is lost."""
 _AFTER_FAULT = 0.1
 """Seconds before the next step when one raised: it may raise again and again."""
 _ATTEMPTS = 16
@@ -48,8 +46,7 @@ class LocalEngine:
         self._busy = self._stopping = False
         self._submitted: deque[Ticket] = deque()
         self._unfinished: list[Ticket] = []
-        self._fault: str | None = None
-        self._faults = 0
+        self._faults = Faults()
         self._load = self._counted()
         self._on_way: set[LocalAnswer] = set()
         self._beginning: dict[asyncio.Future[Ticket], asyncio.Future[LocalAnswer]] = {}
@@ -154,7 +151,7 @@ class LocalEngine:
 
     def trouble(self) -> str | None:
         """Why it cannot answer anything at the moment; None while it can."""
-        return self._fault or (None if self._thread.is_alive() else "the engine does not run")
+        return self._faults.trouble or (None if self._thread.is_alive() else "the engine does not run")
 
     async def close(self, seconds: float) -> None:
         """Take no more requests, finish those that were taken within so many seconds, cancel the rest, free all."""
@@ -272,8 +269,7 @@ class LocalEngine:
                 self._fleet.forget(version.id)
         except BaseException as error:
             # Whatever it is, this thread is the only one that there is: who waits hears of it, and it goes on.
-            self._fault = str(stopped(error))
-            self._faults += 1
+            self._faults.raised(error)
             self._fail(error)
             time.sleep(_AFTER_FAULT)
             return True
@@ -284,15 +280,7 @@ class LocalEngine:
         """How the answers ended that this step ended."""
         ended = [ticket for ticket in self._current() if ticket.done]
         self._unfinished = [ticket for ticket in self._unfinished if not ticket.done]
-        broken = [ticket.error for ticket in ended if isinstance(ticket.error, RuntimeError)]
-        if any(ticket.completion and ticket.completion.finish in ("stop", "length") for ticket in ended):
-            self._faults = 0
-        elif broken:
-            self._faults += 1
-        if self._faults < _IN_A_ROW:
-            self._fault = None
-        elif broken:
-            self._fault = str(stopped(broken[0]))
+        self._faults.ended(ended)
 
     def _fail(self, error: BaseException) -> None:
         """End all answers on their way; the next step takes away what they hold."""

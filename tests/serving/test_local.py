@@ -310,14 +310,17 @@ def test_memory_is_flat_over_requests_cancellations_and_versions(lab: Lab, three
         async with hosted(lab, ["one", "again"], slots=2) as stage:
             stage.opened.engine._prefixes = type(stage.opened.engine._prefixes)(0)
             found = []
-            for i in range(6):
+            for i in range(12):
                 await round_of(stage, i)
                 if i % 2:
                     found.append(await stage.engine._between_steps(live_bytes))
             return found[1:]
 
     found = played(scene())
-    assert len(set(found)) == 1, found
+    # The stacks are of one of two sizes, by whether the old version leaves before the next one comes; what is kept for
+    # every round would give five sizes.
+    assert len(found) == 5
+    assert len(set(found)) <= 2, found
 
 
 def test_a_base_is_opened_without_adapters(lab: Lab, oracle: Oracle) -> None:
