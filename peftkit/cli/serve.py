@@ -49,7 +49,7 @@ def serve(
         list[str] | None,
         typer.Option("--allow-origin", metavar="ORIGIN", help="A site whose pages may ask (CORS); repeatable."),
     ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Requests answered at once.")] = 16,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Requests answered at once.")] = 64,
     waiting: Annotated[int, typer.Option("--waiting", min=0, help="Requests that may wait; the next gets 429.")] = 256,
     max_body: Annotated[int, typer.Option("--max-body", metavar="MIB", min=1, help="Of a request.")] = 1,
     max_prompt_tokens: Annotated[

@@ -69,7 +69,7 @@ class ServeSpec(Spec):
     """Names beside the address and localhost that the Host header may have (DNS rebinding)."""
     allow_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = ()
     """Pages of other origins that may ask (CORS), as https://example.org."""
-    rows: Count = 16
+    rows: Count = 64
     """Requests that are answered at once."""
     waiting: int = Field(default=256, ge=0)
     """Requests that may wait; the next one gets 429 with Retry-After."""
