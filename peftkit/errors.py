@@ -91,6 +91,10 @@ class EngineBusy(GenerationError):
     """No more requests are taken now."""
 
 
+class EngineGone(GenerationError):
+    """What generates the answers has ended, or cannot be reached."""
+
+
 class RegistryError(PeftkitError):
     """The adapter store cannot do what was asked."""
 

@@ -67,6 +67,11 @@ def played(scene: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(timed())
 
 
+def bound(host: Host) -> set[str]:
+    """The versions that names answer with."""
+    return {model.version.reference for model in host._binding.names if model.version}
+
+
 async def until(holds: Callable[[], bool]) -> None:
     """Wait for something that another thread or task brings about."""
     async with asyncio.timeout(SECONDS):
@@ -99,7 +104,7 @@ async def hosted(
         await host.start(names)
         yield stage
         await stage.idle()
-        assert set(opened.versions) == {model.version.reference for model in host._binding.names if model.version}
+        await until(lambda: set(opened.versions) == bound(host))  # a look into the registry may just be under way
     finally:
         async with asyncio.timeout(SECONDS):
             await host.close()

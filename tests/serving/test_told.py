@@ -21,6 +21,7 @@ from peftkit.errors import (
     ConfigError,
     DataError,
     EngineBusy,
+    EngineGone,
     GenerationError,
     RegistryError,
 )
@@ -172,6 +173,7 @@ def test_sentencepiece_tokens_keep_their_space_and_their_byte(tmp_path: Path) ->
         (AdapterNotFound("x"), 404, "model_not_found"),
         (EngineBusy("x"), 429, "rate_limit_exceeded"),
         (Draining("x"), 503, "shutting_down"),
+        (EngineGone("x"), 503, "engine_unavailable"),
         (ConfigError(["x"]), 400, None),
         (DataError("x"), 400, None),
         (BaseMismatch("x"), 400, "base_mismatch"),
@@ -188,7 +190,7 @@ def test_errors_have_openais_form(error: Exception, status: int, code: str | Non
     assert (response.status_code, told["code"]) == (status, code)
     assert set(told) == {"message", "type", "param", "code"}
     assert "secret" not in told["message"]
-    assert ("retry-after" in response.headers) == (status in (429, 503))
+    assert ("retry-after" in response.headers) == isinstance(error, EngineBusy)
     assert (response.headers.get("x-should-retry") == "false") == (status == 500)
 
 

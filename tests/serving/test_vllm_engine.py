@@ -27,6 +27,7 @@ from peftkit.errors import (
     ConfigError,
     DeltaError,
     EngineBusy,
+    EngineGone,
     GenerationError,
     TuningError,
 )
@@ -338,7 +339,7 @@ def test_a_version_that_vllm_does_not_load_in_time_is_refused(own: Vllm, monkeyp
             await engine.prepare(version)
         slow.unlink()
         await engine.close(5)
-        with pytest.raises(GenerationError, match="has been ended"):
+        with pytest.raises(EngineGone, match="has been ended"):
             await engine._client.load("late", Path("late"))
 
     own.run(wait())
@@ -397,11 +398,13 @@ def test_the_death_of_vllm_is_told(own: Vllm) -> None:
         answer = await engine.begin(None, Request(PROMPT, max_new_tokens=64))
         assert engine.trouble() is None
         own.wish("die")
-        with pytest.raises(GenerationError, match="vLLM cannot be reached"):
+        with pytest.raises(EngineGone, match="vLLM cannot be reached"):
             await answer.whole()
         await until(lambda: engine.trouble() == "vLLM has ended with status 3")
-        with pytest.raises(GenerationError, match="vLLM cannot be reached"):
+        with pytest.raises(EngineGone, match="vLLM has ended with status 3"):
             await engine.begin(None, Request(PROMPT))
+        with pytest.raises(EngineGone, match="vLLM cannot be reached"):
+            await engine.prepare(own.lab.lora("late", 9))
         await until(lambda: any(isinstance(each, Warned) and "no memory left" in each.text for each in own.events))
         await engine.close(5)
         assert not engine.process.folder.exists()

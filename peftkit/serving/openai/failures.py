@@ -16,6 +16,7 @@ from peftkit.errors import (
     ConfigError,
     DataError,
     EngineBusy,
+    EngineGone,
     PeftkitError,
     RegistryError,
     TuningError,
@@ -78,6 +79,8 @@ def failure_of(error: BaseException) -> Failure:
         if isinstance(error, Draining):
             return Failure(503, said, "server_error", code="shutting_down", headers=later)
         return Failure(429, said, "rate_limit_error", code="rate_limit_exceeded", headers=later)
+    if isinstance(error, EngineGone):
+        return Failure(503, str(error), "server_error", code="engine_unavailable")
     if isinstance(error, AdapterNotFound):
         return Failure(404, str(error), param="model", code="model_not_found")
     if isinstance(error, _ASKED) and not isinstance(error, AdapterDamaged):

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from peftkit.errors import ConfigError, GenerationError, PeftkitError
+from peftkit.errors import ConfigError, EngineGone, GenerationError, PeftkitError
 
 _KEPT, _KEPT_SECONDS = 64, 2.0
 """Connections that stay open between requests, and how long: vLLM closes its end after 5 seconds
@@ -95,7 +95,7 @@ class Client:
 
     def _check_open(self) -> None:
         if self._http.is_closed:
-            raise GenerationError("vLLM has been ended", expected="a request before that")
+            raise EngineGone("vLLM has been ended", expected="a request before that")
 
     async def _asked(self, method: str, path: str, body: Any = None, timeout: float = _SECONDS) -> Any:
         self._check_open()
@@ -137,9 +137,9 @@ def refused(status: int, content: bytes) -> PeftkitError:
     return _named(status, said)
 
 
-def unreachable(error: Exception) -> GenerationError:
+def unreachable(error: Exception) -> EngineGone:
     """What a lost connection means."""
-    return GenerationError(f"vLLM cannot be reached: {type(error).__name__}", expected="a running vLLM")
+    return EngineGone(f"vLLM cannot be reached: {type(error).__name__}", expected="a running vLLM")
 
 
 def _named(status: int, said: str) -> PeftkitError:

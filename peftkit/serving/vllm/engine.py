@@ -14,7 +14,7 @@ from pathlib import Path
 from peftkit.base.ref import read_config
 from peftkit.base.tokenizer import Tokenizer, load_tokenizer
 from peftkit.data.template import Rendering
-from peftkit.errors import ConfigError, EngineBusy, GenerationError, PeftkitError, TuningError
+from peftkit.errors import ConfigError, EngineBusy, EngineGone, GenerationError, PeftkitError, TuningError
 from peftkit.events import Report, Warned
 from peftkit.generation.check import check
 from peftkit.generation.constrain import Grammar
@@ -133,8 +133,8 @@ class VllmEngine:
             self._leave_if_unused(resident)
 
     async def begin(self, version: Version | None, request: Request) -> VllmAnswer:
-        """Queue a request. Raises EngineBusy when the queue is full or closed, ConfigError for what vLLM does not take,
-        and what `prepare` raises for a version that is not there any more."""
+        """Queue a request. Raises EngineBusy when the queue is full or closed, EngineGone when vLLM has ended,
+        ConfigError for what vLLM does not take, and what `prepare` raises for a version that is not there any more."""
         self._check_open()
         check(request, self._vocabulary, self._positions)
         if request.logprobs is not None and request.logprobs > _MOST_LOGPROBS:
@@ -197,6 +197,8 @@ class VllmEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineBusy("the engine takes no more requests", expected="a request before it was closed")
+        if self.process.ended is not None:
+            raise EngineGone(f"vLLM has ended {self.process.ended}", expected="a running vLLM", hint=RESTART)
         on_way, rows = len(self._answers) + self._beginning, self._limits.rows
         self._limits.check_room(min(on_way, rows), max(0, on_way - rows))
 
@@ -220,7 +222,7 @@ class VllmEngine:
             with suppress(PeftkitError):  # whoever asked may have left while vLLM went on
                 await self._client.unload(version.reference)
             await asyncio.to_thread(shutil.rmtree, files.outer, ignore_errors=True)
-            if isinstance(error, GenerationError):
+            if isinstance(error, GenerationError) and not isinstance(error, EngineGone):
                 raise TuningError(f"vLLM does not take {version.reference}: {error.fact}") from error
             raise
         self._residents[version.reference] = Resident(version, files)
