@@ -41,7 +41,8 @@ def check(
 
     Example: peftkit data check tickets.jsonl --base Qwen/Qwen3-4B
     """
-    from peftkit.data.audit import consent, describe, inspect
+    from peftkit.data.audit import inspect
+    from peftkit.data.findings.told import consent, describe
 
     given = [*(settings or []), *([f"against={against}"] if against else [])]
     spec, tokenizer, limit, report = _prepare(source, given, base, as_json)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peftkit.base.tokenizer import Tokenizer
-from peftkit.data.encoded import lengths
 from peftkit.data.encoded_key import digest_rows
 from peftkit.data.encoded_store import EncodedStore
 from peftkit.data.findings.finding import Finding, Seen, Tally
+from peftkit.data.findings.told import counts, heed, stopping, tell, token_line
 from peftkit.data.formats import load_rows
 from peftkit.data.overlap import highest_overlap
 from peftkit.data.part import Encoding, Part, attempt, encode
 from peftkit.data.sides import divide, read_sides
 from peftkit.data.spec import DataSpec, recorded_rendering
 from peftkit.data.template import Rendering
-from peftkit.errors import DataError
-from peftkit.events import Note, Report, Table, Warned, silent
-from peftkit.render import sparkline
+from peftkit.events import Note, Report, Warned, silent
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Audit:
     @property
     def errors(self) -> tuple[Finding, ...]:
         """The findings that stop a run."""
-        return tuple(finding for finding in self.findings if finding.severity == "error")
+        return stopping(self.findings)
 
     @property
     def tokens(self) -> dict[str, Any]:
@@ -69,11 +66,7 @@ def audit(
     Raises DataError listing every finding that makes the run certainly wrong, unless `data.accept` names its rule.
     """
     result = inspect(spec, tokenizer, limit, report, cache)
-    for finding in result.findings:
-        if finding.severity == "warning":
-            report(Warned(f"{finding.text}: {_places(finding)}" if finding.examples else finding.text, finding.mend))
-    if result.errors:
-        raise refusal(result.errors)
+    heed(result.findings, report)
     return result
 
 
@@ -105,38 +98,15 @@ def inspect(
         if problems:
             tally.say("unreadable", len({problem.where.index for problem in dataset.problems}), "", problems)
     for encoding in (train, held):
-        _losses(encoding, spec, length, tally)
+        losses(encoding, spec, length, tally)
     check_all([(rows.part.rows, rows.part.examples) for rows in (train, held)], tokenizer, tally)
     result = Audit(train.part, held.part, spec.rendering, overlap, tally.findings(spec.accept))
-    _report_counts(result, report)
+    report_counts(result, report)
     return result
 
 
-def refusal(errors: Sequence[Finding]) -> DataError:
-    """One error for all findings that stop a run."""
-    listed = "\n".join(f"- {describe(finding)}" for finding in errors)
-    many = "1 finding stops" if len(errors) == 1 else f"{len(errors)} findings stop"
-    return DataError(f"{many} this run:\n{listed}", hint=consent(errors))
-
-
-def consent(errors: Sequence[Finding]) -> str | None:
-    """The setting that lets a run start all the same, where there is one."""
-    rules = [finding.rule for finding in errors if not finding.final]
-    return f"if it is meant so: data.accept=[{','.join(rules)}]" if rules else None
-
-
-def describe(finding: Finding) -> str:
-    """A finding with its examples and how to mend it, in several lines."""
-    examples = [f"\n    {seen.where}: {seen.excerpt}" for seen in finding.examples]
-    rest = finding.count - len(examples)
-    more = f"\n    and {rest:,} more" if examples and rest > 0 else ""
-    accepted = " (accepted)" if finding.accepted else ""
-    mend = f"\n    to mend it: {finding.mend}" if finding.mend else ""
-    return f"{finding.rule}{accepted}: {finding.text}{''.join(examples)}{more}{mend}"
-
-
-def _losses(encoding: Encoding, spec: DataSpec, length: int | None, tally: Tally) -> None:
-    """Findings about rows that did not come through encoding whole."""
+def losses(encoding: Encoding, spec: DataSpec, length: int | None, tally: Tally) -> None:
+    """Count rows that did not come through encoding whole."""
     part, limit = encoding.part, f"{length} tokens"
     if encoding.refused:
         facts = [Seen(place, error.fact.removeprefix(f"{place}: ")) for place, error in encoding.refused]
@@ -158,40 +128,14 @@ def _losses(encoding: Encoding, spec: DataSpec, length: int | None, tally: Tally
         tally.say("nothing_to_learn", 1, f"{part.role} row of {part.source}")
 
 
-def _report_counts(data: Audit, report: Report) -> None:
-    parts = (data.train, data.held_out)
-    rows = tuple(
-        (
-            part.role.replace("_", "-"),
-            len(part.rows),
-            len(part.examples),
-            part.tokens,
-            part.answer_tokens,
-            int(lengths(part.examples).max(initial=0)),
-            len(part.dropped),
-            len(part.truncated),
-        )
-        for part in parts
-    )
-    columns = ("data", "rows", "sequences", "tokens", "learned tokens", "longest", "left out", "cut")
-    report(Table("data", columns, rows))
-    tokens = data.tokens
-    report(Note(f"tokens per sequence, 0 to {tokens['edges'][-1]:,}: {sparkline(tokens['counts'])}"))
+def report_counts(data: Audit, report: Report) -> None:
+    """Report how much data there is, and what was found in it."""
+    report(counts((data.train, data.held_out)))
+    report(token_line(data.tokens))
     learned = data.train.answer_tokens / max(1, data.train.tokens)
     report(Note(f"the loss falls on {learned:.0%} of the training tokens"))
     report(Note(f"highest word 8-gram overlap of a held-out prompt with the training prompts: {data.overlap:.2f}"))
-    if data.findings:
-        found = tuple((f.severity, f.rule, f.count, f"{f.share:.1%}", _first(f), f.text) for f in data.findings)
-        report(Table("findings", ("severity", "rule", "count", "share", "first", "what"), found))
-
-
-def _first(finding: Finding) -> str | None:
-    return Path(finding.examples[0].where).name if finding.examples else None
-
-
-def _places(finding: Finding) -> str:
-    rest = finding.count - len(finding.examples)
-    return ", ".join(seen.where for seen in finding.examples) + (f" and {rest:,} more" if rest > 0 else "")
+    tell(data.findings, report)
 
 
 __all__ = [
@@ -199,11 +143,8 @@ __all__ = [
     "DataSpec",
     "Part",
     "audit",
-    "consent",
-    "describe",
     "divide",
     "encode",
     "inspect",
     "recorded_rendering",
-    "refusal",
 ]

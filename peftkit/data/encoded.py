@@ -169,12 +169,12 @@ class Gathering:
         return EncodedRows(pa.Table.from_batches([*self._batches, *last], _SCHEMA))
 
 
-def lengths(examples: Sequence[Example]) -> Ints:
+def lengths(examples: Sequence[Any]) -> Ints:
     """Tokens of each row."""
     return _column(examples, "lengths", lambda example: len(example.input_ids))
 
 
-def answer_tokens(examples: Sequence[Example]) -> Ints:
+def answer_tokens(examples: Sequence[Any]) -> Ints:
     """Tokens of each row that the loss falls on."""
     return _column(examples, "answer_tokens", lambda example: example.answer_tokens)
 
@@ -190,7 +190,7 @@ def longest(examples: Sequence[Example], count: int) -> list[Example]:
     return [examples[int(index)] for index in order]
 
 
-def _column(examples: Sequence[Example], name: str, of: Callable[[Example], int]) -> Ints:
+def _column(examples: Sequence[Any], name: str, of: Callable[[Any], int]) -> Ints:
     if isinstance(examples, EncodedRows):
         found: Ints = getattr(examples, name)
         return found

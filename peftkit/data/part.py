@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.chat import Example, encode_rows
@@ -22,31 +22,40 @@ _LISTED = 5
 Role = Literal["train", "held_out"]
 
 
+R = TypeVar("R")
+E = TypeVar("E")
+
+
 @dataclass(frozen=True)
-class Part:
-    """Encoded rows of one role, with what was lost on the way."""
+class PartOf(Generic[R, E]):
+    """Rows of one role and the examples that they became, with what was lost on the way."""
 
     role: Role
     source: str
     sha256: str
-    rows: tuple[Row, ...]
-    examples: Sequence[Example]
+    rows: tuple[R, ...]
+    examples: Sequence[E]
     """A tuple; of many tokens `EncodedRows`, which builds an example when it is asked for."""
-    dropped: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
     """Places of rows that are left out: too long, or without any answer left."""
-    truncated: tuple[str, ...]
+    truncated: tuple[str, ...] = ()
     """Places of rows that were cut and still keep some of their answer."""
     license: str | None = None
 
     @property
     def tokens(self) -> int:
-        """All tokens."""
+        """All tokens (of images, positions)."""
         return int(lengths(self.examples).sum())
 
     @property
     def answer_tokens(self) -> int:
-        """Tokens the loss falls on."""
+        """Tokens the loss falls on; of a task, what it is a sum over."""
         return int(answer_tokens(self.examples).sum())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(lengths(self.examples).max(initial=0))
 
     def record(self) -> dict[str, Any]:
         """What the manifest keeps: digests and counts, no rows."""
@@ -59,6 +68,11 @@ class Part:
             "dropped": len(self.dropped),
             "license": self.license,
         }
+
+
+@dataclass(frozen=True)
+class Part(PartOf[Row, Example]):
+    """Conversations of one role."""
 
 
 @dataclass(frozen=True)

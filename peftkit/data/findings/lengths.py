@@ -71,7 +71,7 @@ def _trained(examples: Sequence[Example], tokenizer: Tokenizer, tally: Tally) ->
         tally.say("little_to_learn", len(examples), f"{learned / tokens:.1%}")
 
 
-def histogram(*parts: Sequence[Example]) -> dict[str, Any]:
+def histogram(*parts: Sequence[Any]) -> dict[str, Any]:
     """Tokens per sequence as counts between edges, equally wide; one more edge than counts."""
     tokens = np.concatenate([lengths(examples) for examples in parts])
     if not len(tokens):

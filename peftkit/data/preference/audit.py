@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from peftkit.base.tokenizer import Tokenizer
-from peftkit.data.audit import refusal
 from peftkit.data.encoded_key import digest_rows
 from peftkit.data.encoded_store import EncodedStore
 from peftkit.data.findings.finding import Finding, Seen, Tally
+from peftkit.data.findings.told import counts, heed, stopping, tell
 from peftkit.data.formats import Row
 from peftkit.data.overlap import highest_overlap
 from peftkit.data.preference.encode import PreferenceEncoding, encode_preferences
@@ -24,7 +24,7 @@ from peftkit.data.preference.spec import PreferenceSpec
 from peftkit.data.split import split
 from peftkit.data.template import Rendering
 from peftkit.errors import DataError
-from peftkit.events import Note, Report, Table, Warned, silent
+from peftkit.events import Note, Report, Warned, silent
 
 _MOSTLY_LONGER = 0.65
 """Share of pairs from which on "prefer the longer answer" is the rule that is easiest to learn (arXiv 2403.19159)."""
@@ -49,7 +49,7 @@ class PreferenceAudit:
     @property
     def errors(self) -> tuple[Finding, ...]:
         """The findings that stop a run."""
-        return tuple(finding for finding in self.findings if finding.severity == "error")
+        return stopping(self.findings)
 
     @property
     def tokens(self) -> dict[str, Any]:
@@ -79,12 +79,7 @@ def audit_preference(
     every finding that makes the run certainly wrong, unless `data.accept` names its rule.
     """
     result = inspect_preference(spec, tokenizer, limit, report, cache)
-    for finding in result.findings:
-        if finding.severity == "warning":
-            places = ", ".join(seen.where for seen in finding.examples)
-            report(Warned(f"{finding.text}: {places}" if places else finding.text, finding.mend))
-    if result.errors:
-        raise refusal(result.errors)
+    heed(result.findings, report)
     return result
 
 
@@ -224,24 +219,9 @@ def _order(finding: Finding) -> int:
 
 
 def _report_counts(data: PreferenceAudit, report: Report) -> None:
-    columns = ("data", "rows", "used", "tokens", "learned tokens", "longest", "left out")
-    rows = tuple(
-        (
-            part.role.replace("_", "-"),
-            len(part.rows),
-            len(part.examples),
-            part.tokens,
-            part.answer_tokens,
-            max((len(s.input_ids) for example in part.examples for s in example.sequences), default=0),
-            len(part.dropped),
-        )
-        for part in (data.train, data.held_out)
-    )
-    report(Table("data", columns, rows))
+    report(counts((data.train, data.held_out), examples="used"))
     if data.lengths:
         sides = " · ".join(f"{name} {value:.4g}" for name, value in data.lengths.items())
         report(Note(f"answer tokens on average: {sides}"))
     report(Note(f"highest word 8-gram overlap of a held-out prompt with the training prompts: {data.overlap:.2f}"))
-    if data.findings:
-        found = tuple((f.severity, f.rule, f.count, f"{f.share:.1%}", f.text) for f in data.findings)
-        report(Table("findings", ("severity", "rule", "count", "share", "what"), found))
+    tell(data.findings, report)

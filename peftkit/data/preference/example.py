@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from peftkit.data.chat import Example
-from peftkit.data.part import Role
+from peftkit.data.part import PartOf
 from peftkit.data.preference.rows import PreferenceRow
 
 
@@ -71,36 +69,10 @@ class PreferenceExample:
 
 
 @dataclass(frozen=True)
-class PreferencePart:
-    """Encoded rows of one role; what `data.part.Part` is for conversations."""
-
-    role: Role
-    source: str
-    sha256: str
-    rows: tuple[PreferenceRow, ...]
-    examples: tuple[PreferenceExample, ...]
-    dropped: tuple[str, ...] = ()
-    truncated: tuple[str, ...] = ()
-    license: str | None = None
+class PreferencePart(PartOf[PreferenceRow, PreferenceExample]):
+    """Preferences of one role."""
 
     @property
-    def tokens(self) -> int:
-        """All tokens of all sequences."""
-        return sum(len(sequence.input_ids) for example in self.examples for sequence in example.sequences)
-
-    @property
-    def answer_tokens(self) -> int:
-        """Tokens the loss falls on."""
-        return sum(example.answer_tokens for example in self.examples)
-
-    def record(self) -> dict[str, Any]:
-        """What the manifest keeps: digests and counts, no rows."""
-        return {
-            "role": self.role,
-            "source": Path(self.source).name,
-            "sha256": self.sha256,
-            "rows": len(self.rows),
-            "tokens": self.tokens,
-            "dropped": len(self.dropped),
-            "license": self.license,
-        }
+    def longest(self) -> int:
+        """Tokens of the longest sequence: each answer is one, with its prompt."""
+        return max((len(each.input_ids) for example in self.examples for each in example.sequences), default=0)

@@ -13,10 +13,11 @@ from peftkit.base.head import Head
 from peftkit.base.tokenizer import Tokenizer
 
 # The same counts and findings, word for word, as the rows of supervised fine-tuning get.
-from peftkit.data.audit import Audit, _losses, _places, _report_counts, refusal
+from peftkit.data.audit import Audit, losses, report_counts
 from peftkit.data.chat import encode_row
 from peftkit.data.findings.kept import examine
 from peftkit.data.findings.lengths import check_all
+from peftkit.data.findings.told import heed
 from peftkit.data.formats import Dataset, Row
 from peftkit.data.overlap import ngram_overlap
 from peftkit.data.part import Encoding, Part, Role, attempt
@@ -86,11 +87,7 @@ def audit_asked(spec: TaskSpec, tokenizer: Tokenizer, limit: int | None, report:
     if spec.task == "translation" and spec.instruction is None and reason.startswith("no name"):
         report(Warned("the instruction names no language", "data.instruction='Translate into …'"))
     result = _inspect(spec, settings, sides, instruction, tokenizer, limit, report)
-    for finding in result.findings:
-        if finding.severity == "warning":
-            report(Warned(f"{finding.text}: {_places(finding)}" if finding.examples else finding.text, finding.mend))
-    if result.errors:
-        raise refusal(result.errors)
+    heed(result.findings, report)
     return result
 
 
@@ -133,7 +130,7 @@ def _inspect(
     encodings = [_encoded(role, source, rows, instruction, tokenizer, settings, length) for role, source, rows in given]
     tally, overlap = examined()
     for encoding in encodings:
-        _losses(encoding, settings, length, tally)
+        losses(encoding, settings, length, tally)
     train, held_out = (encoding.part for encoding in encodings)
     check_all([(part.rows, part.examples) for part in (train, held_out)], tokenizer, tally)
     result = AskedAudit(
@@ -148,7 +145,7 @@ def _inspect(
         train_rows=sides.train,
         held=_as_task(held_out, sides.held_out),
     )
-    _report_counts(result, report)
+    report_counts(result, report)
     return result
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from peftkit.base.head import Head
 from peftkit.base.tokenizer import Tokenizer
-from peftkit.data.audit import refusal
 from peftkit.data.findings.finding import Finding, Role
+from peftkit.data.findings.told import counts, heed, stopping, tell, token_line
 from peftkit.data.overlap import ngram_overlap
 from peftkit.data.tasks.contents import plain_text
 from peftkit.data.tasks.encode import Encoded, encode, policy_of
@@ -20,11 +20,8 @@ from peftkit.data.tasks.findings import examine, losses, unseen
 from peftkit.data.tasks.heads import labels_in
 from peftkit.data.tasks.sides import read_sides
 from peftkit.data.tasks.spec import TaskSpec
-from peftkit.data.tasks.task import TaskExample, TaskPart, TaskRow
+from peftkit.data.tasks.task import TaskPart, TaskRow
 from peftkit.events import Note, Report, Table, Warned, silent
-from peftkit.render import sparkline
-
-_BINS = 24
 
 
 @dataclass(frozen=True)
@@ -42,17 +39,14 @@ class TaskAudit:
     @property
     def errors(self) -> tuple[Finding, ...]:
         """The findings that stop a run."""
-        return tuple(finding for finding in self.findings if finding.severity == "error")
+        return stopping(self.findings)
 
     @property
     def tokens(self) -> dict[str, Any]:
-        """Tokens per sequence: counts between edges, equally wide; one more edge than counts."""
-        tokens = _lengths((*self.train.examples, *self.held_out.examples))
-        most = int(tokens.max(initial=1))
-        width = max(1, -(-most // _BINS))
-        edges = list(range(0, most + width, width))
-        counts = np.bincount(np.maximum(tokens - 1, 0) // width, minlength=len(edges) - 1)
-        return {"edges": edges, "counts": counts.tolist()}
+        """Tokens per sequence: counts between edges."""
+        from peftkit.data.findings.lengths import histogram
+
+        return histogram(self.train.examples, self.held_out.examples)
 
     @property
     def labels(self) -> dict[str, tuple[int, int]]:
@@ -92,14 +86,7 @@ def audit_task(
     and for findings that make the run certainly wrong, ConfigError for settings that do not go together.
     """
     result = inspect_task(spec, tokenizer, limit, report, positions=positions, head=head)
-    for finding in result.findings:
-        if finding.severity == "warning":
-            places = ", ".join(seen.where for seen in finding.examples)
-            rest = finding.count - len(finding.examples)
-            more = f" and {rest:,} more" if rest > 0 and places else ""
-            report(Warned(f"{finding.text}: {places}{more}" if places else finding.text, finding.mend))
-    if result.errors:
-        raise refusal(result.errors)
+    heed(result.findings, report)
     return result
 
 
@@ -142,27 +129,9 @@ def _overlap(held_out: Sequence[TaskRow], train: Sequence[TaskRow]) -> float:
     return ngram_overlap(texts, learned).highest if any(texts) else 0.0
 
 
-def _lengths(examples: Sequence[TaskExample]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.fromiter((len(example.input_ids) for example in examples), np.int64, len(examples))
-
-
 def _report_counts(data: TaskAudit, report: Report) -> None:
     parts = (data.train, data.held_out)
-    rows = tuple(
-        (
-            part.role.replace("_", "-"),
-            len(part.rows),
-            len(part.examples),
-            part.tokens,
-            part.answer_tokens,
-            int(_lengths(part.examples).max(initial=0)),
-            len(part.dropped),
-            len(part.truncated),
-        )
-        for part in parts
-    )
-    columns = ("data", "rows", "sequences", "tokens", "targets", "longest", "left out", "cut")
-    report(Table("data", columns, rows))
+    report(counts(parts, learned="targets"))
     if data.labels:
         report(Table("labels", ("label", "train", "held-out"), tuple((k, *v) for k, v in data.labels.items())))
     elif data.head.problem == "regression":
@@ -171,22 +140,9 @@ def _report_counts(data: TaskAudit, report: Report) -> None:
         none = tuple((part.role.replace("_", "-"), sum(not row.target for row in part.rows)) for part in parts)
         report(Table("questions", ("data", "without an answer"), none))
     if data.head.kind != "image":
-        tokens = data.tokens
-        report(Note(f"tokens per sequence, 0 to {tokens['edges'][-1]:,}: {sparkline(tokens['counts'])}"))
+        report(token_line(data.tokens))
         report(Note(f"highest word 8-gram overlap of a held-out text with the training texts: {data.overlap:.2f}"))
-    if data.findings:
-        found = tuple(
-            (
-                one.severity,
-                one.rule,
-                one.count,
-                f"{one.share:.1%}",
-                one.examples[0].where if one.examples else None,
-                one.text,
-            )
-            for one in data.findings
-        )
-        report(Table("findings", ("severity", "rule", "count", "share", "first", "what"), found))
+    tell(data.findings, report)
 
 
 def _numbers(part: TaskPart) -> tuple[str, float, float, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peftkit.data.chat import IGNORED
-from peftkit.data.part import Role
+from peftkit.data.part import PartOf
 from peftkit.data.readers import Where
 
 TaskName = Literal[
@@ -80,39 +80,8 @@ class TaskExample:
 
 
 @dataclass(frozen=True)
-class TaskPart:
-    """Encoded rows of one role; what `data.part.Part` is for conversations."""
-
-    role: Role
-    source: str
-    sha256: str
-    rows: tuple[TaskRow, ...]
-    examples: tuple[TaskExample, ...]
-    dropped: tuple[str, ...] = ()
-    truncated: tuple[str, ...] = ()
-    license: str | None = None
-
-    @property
-    def tokens(self) -> int:
-        """All tokens (of images, positions)."""
-        return sum(len(example.input_ids) for example in self.examples)
-
-    @property
-    def answer_tokens(self) -> int:
-        """What the loss is a sum over."""
-        return sum(example.answer_tokens for example in self.examples)
-
-    def record(self) -> dict[str, Any]:
-        """What the manifest keeps: digests and counts, no rows."""
-        return {
-            "role": self.role,
-            "source": Path(self.source).name,
-            "sha256": self.sha256,
-            "rows": len(self.rows),
-            "tokens": self.tokens,
-            "dropped": len(self.dropped),
-            "license": self.license,
-        }
+class TaskPart(PartOf[TaskRow, TaskExample]):
+    """Rows of one role of a task."""
 
 
 @dataclass(frozen=True)
