@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,10 @@ class Ticket:
         self.error: BaseException | None = None
         """Why it failed, when it did."""
         self.cancelled = False
-        self._pieces: deque[str] = deque()
+        self.scored: list[Logprob] = []
+        """Log-probabilities of the tokens of all text that was taken, where they were asked for."""
+        self._pieces: deque[tuple[str, Sequence[Logprob]]] = deque()
+        self._held: list[Logprob] = []
         self._done = threading.Event()
         self._told: Callable[[], None] | None = None
 
@@ -49,7 +52,9 @@ class Ticket:
         """The text that has come since the last call."""
         pieces = []
         while self._pieces:
-            pieces.append(self._pieces.popleft())
+            piece, scores = self._pieces.popleft()
+            pieces.append(piece)
+            self.scored += scores
         return "".join(pieces)
 
     def wait(self, seconds: float | None = None) -> bool:
@@ -62,10 +67,13 @@ class Ticket:
         self._told = told
         told()
 
-    def push(self, piece: str) -> None:
-        """Add text that is certain."""
+    def push(self, piece: str, scores: Sequence[Logprob] = ()) -> None:
+        """Add text that is certain, and log-probabilities of tokens; those of tokens whose text is not certain wait for
+        it."""
+        self._held += scores
         if piece:
-            self._pieces.append(piece)
+            self._pieces.append((piece, self._held))
+            self._held = []
             if told := self._told:
                 told()
 
@@ -134,12 +142,12 @@ class Row:
             self.finish = "stop"
             return
         request = self.ticket.request
-        if request.logprobs is not None:
-            self.logprobs.append(logprobs(logits, token, request.logprobs))
+        scores = [logprobs(logits, token, request.logprobs)] if request.logprobs is not None else []
+        self.logprobs += scores
         if self.constraint is not None:
             self.constraint.accept(token)
         self.tokens.append(token)
-        self.ticket.push(self.text.add(token))
+        self.ticket.push(self.text.add(token), scores)
         if self.text.stopped or (self.constraint is not None and self.constraint.done):
             self.finish = "stop"
         elif len(self.generated) >= self.limit:

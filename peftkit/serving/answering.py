@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.template import Rendering
-from peftkit.generation.requests import Completion, Request
+from peftkit.generation.requests import Completion, Logprob, Request
 from peftkit.registry.store import Version
 
 
@@ -23,6 +23,11 @@ class Answer(Protocol):
     @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
+        ...
+
+    @property
+    def scored(self) -> Sequence[Logprob]:
+        """Log-probabilities of the tokens of all pieces so far, where they were asked for."""
         ...
 
     def pieces(self) -> AsyncIterator[str]:

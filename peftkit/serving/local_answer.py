@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from peftkit.generation.answer import answered
-from peftkit.generation.requests import Completion
+from peftkit.generation.requests import Completion, Logprob
 from peftkit.generation.running import Ticket
 
 
@@ -30,6 +30,11 @@ class LocalAnswer:
     def prompt_tokens(self) -> int:
         """Tokens of the prompt."""
         return len(self._ticket.request.prompt)
+
+    @property
+    def scored(self) -> Sequence[Logprob]:
+        """Log-probabilities of the tokens of all pieces so far, where they were asked for."""
+        return self._ticket.scored
 
     async def pieces(self) -> AsyncIterator[str]:
         """The text as it comes, each piece once. Raises what went wrong with it."""

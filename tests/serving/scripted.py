@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.template import Rendering
-from peftkit.generation.requests import Completion, Finish, Request
+from peftkit.generation.requests import Completion, Finish, Logprob, Request
 from peftkit.registry.store import Version
 from peftkit.serving.answering import Load
 
@@ -78,6 +78,7 @@ class Said:
     reference: str | None
     endless: bool = False
     cancelled: bool = False
+    scored: tuple[Logprob, ...] = ()
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -175,9 +175,8 @@ def test_logprobs_are_the_versions_own(server: Server, oracle: Oracle, client: o
     given = client.chat.completions.create(
         model="sql", messages=HI, **greedy(logprobs=True, top_logprobs=3), stream=stream
     )  # type: ignore[call-overload]
-    last = list(given)[-1].choices[0] if stream else given.choices[0]
-    assert last.logprobs is not None
-    tokens = last.logprobs.content
+    choices = [chunk.choices[0] for chunk in given] if stream else given.choices
+    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
     tokenizer = server.opened.backbone.tokenizer
     assert [each.token for each in tokens] == [tokenizer.decode([token]) for token in ids]
     for each, token, row in zip(tokens, ids, known, strict=False):
@@ -186,9 +185,23 @@ def test_logprobs_are_the_versions_own(server: Server, oracle: Oracle, client: o
         assert math.isclose(each.top_logprobs[0].logprob, float(row.max()), abs_tol=1e-4)
     whole = b"".join(bytes(each.bytes) for each in tokens)
     assert whole.decode(errors="replace") == tokenizer.decode(list(ids))
-    old = client.completions.create(model="sql", prompt=list(prompt), **greedy(logprobs=2))
-    assert old.choices[0].logprobs is not None
-    assert len(old.choices[0].logprobs.tokens or ()) == len(old.choices[0].logprobs.text_offset or ()) == NEW
+
+
+def test_logprobs_of_a_stream_stand_beside_the_text_of_their_tokens(server: Server, client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(model="sql", messages=HI, **greedy(logprobs=True), stream=True)  # type: ignore[call-overload]
+    told = [choice for choice in (chunk.choices[0] for chunk in chat) if choice.logprobs]
+    assert len(told) > 2
+    for choice in told[:-1]:  # the last one may have what no text was certain for
+        assert (
+            b"".join(bytes(each.bytes) for each in choice.logprobs.content).decode(errors="replace")
+            == choice.delta.content
+        )
+    asked = {"model": "sql", "prompt": list(chat_ids(server)), **greedy(logprobs=2)}
+    whole = client.completions.create(**asked).choices[0].logprobs  # type: ignore[call-overload]
+    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]  # type: ignore[call-overload]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert len(getattr(whole, name)) == NEW
+        assert [each for given in chunks if given for each in getattr(given, name)] == getattr(whole, name), name
 
 
 def test_answers_follow_a_schema(client: openai.OpenAI) -> None:

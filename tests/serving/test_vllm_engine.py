@@ -164,6 +164,8 @@ def test_every_version_answers_for_itself_as_our_own_engine_words_it(vllm: Vllm,
         assert whole.adapter == answer.reference
         assert [each.token for each in whole.logprobs] == expected
         assert [each.value for each in whole.logprobs] == [-at / 8 for at in range(1, len(expected) + 1)]
+        assert 1 < len(answer.scored) <= len(expected)
+        assert tuple(answer.scored) == whole.logprobs[: len(answer.scored)]
         assert whole.logprobs[-1].top == ((200, 0.0), (201, -1 / 16))  # the chosen one is not among the likeliest two
 
     tickets, sql = (vllm.lab.registry.resolve(name) for name in ("tickets", "sql"))

@@ -25,7 +25,7 @@ from peftkit.serving.openai.asked import Asked, Chat, Text, read_chat, read_text
 from peftkit.serving.openai.call_forms import Spelling, form_of, shown
 from peftkit.serving.openai.calls import Form, Reading
 from peftkit.serving.openai.failures import Refused, about, answer_for, failure_of
-from peftkit.serving.openai.flight import Deadline, Ended, Flight, Left, OnWay, begin, unless_left
+from peftkit.serving.openai.flight import Deadline, Ended, Flight, Left, OnWay, Piece, begin, unless_left
 from peftkit.serving.openai.told import (
     DONE,
     Choice,
@@ -34,10 +34,12 @@ from peftkit.serving.openai.told import (
     chat_choice,
     chat_delta,
     chat_end,
+    chat_logprobs,
     event,
     text_choice,
     text_delta,
     text_end,
+    text_logprobs,
     usage,
 )
 from peftkit.serving.openai.turns import Tools
@@ -231,18 +233,29 @@ class _Api:
             elif each.before:
                 yield head.chunk(text_delta(each.index, each.before))
         async for item in flight.news():
-            text = item.rest if isinstance(item, Ended) else item.text
-            if text:
-                delta = chat_delta(item.index, {"content": text}) if head.chat else text_delta(item.index, text)
-                yield head.chunk(delta)
-            if not isinstance(item, Ended):
+            if isinstance(item, Piece):
+                yield head.chunk(await self._piece(head, item))
                 continue
+            if item.rest:
+                yield head.chunk(await self._piece(head, Piece(item.index, item.rest)))
             if item.choice.calls:
                 yield head.chunk(chat_delta(item.index, call_deltas(item.choice.calls)))
             yield head.chunk(await self._written(chat_end if head.chat else text_end, item.index, item.choice))
         if asked.usage:
             yield head.chunk(usage=usage(flight.prompt_tokens, flight.tokens))
         yield DONE
+
+    async def _piece(self, head: Head, piece: Piece) -> dict[str, Any]:
+        write = self._chat_piece if head.chat else self._text_piece
+        return await asyncio.to_thread(write, piece) if piece.scores else write(piece)
+
+    def _chat_piece(self, piece: Piece) -> dict[str, Any]:
+        logprobs = chat_logprobs(piece.scores or None, self._host.engine.tokenizer)
+        return chat_delta(piece.index, {"content": piece.text}, logprobs)
+
+    def _text_piece(self, piece: Piece) -> dict[str, Any]:
+        logprobs = text_logprobs(piece.scores or None, self._host.engine.tokenizer, piece.at)
+        return text_delta(piece.index, piece.text, logprobs)
 
     async def _written(self, write: Callable[..., dict[str, Any]], index: int, choice: Choice) -> dict[str, Any]:
         tokenizer = self._host.engine.tokenizer

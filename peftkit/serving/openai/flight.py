@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from peftkit.base.tokenizer import Tokenizer
+from peftkit.generation.requests import Logprob
 from peftkit.serving.answering import Answer
 from peftkit.serving.metrics import Watch
 from peftkit.serving.openai.calls import Reading
@@ -82,6 +83,10 @@ class Piece:
 
     index: int
     text: str
+    scores: Sequence[Logprob] = ()
+    """Log-probabilities of its tokens, where they were asked for."""
+    at: int = 0
+    """The characters before it."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +148,14 @@ class Flight:
         self._watch.ended(finish, self.prompt_tokens, self.tokens)
 
     async def _follow(self, each: OnWay, queue: asyncio.Queue[Piece | Ended | Exception]) -> None:
-        given = []
+        given, told, at = [], 0, 0
         try:
             async for piece in each.answer.pieces():
                 if text := each.reading.add(piece):
+                    scores = each.answer.scored[told:]
+                    queue.put_nowait(Piece(each.index, text, scores, at))
                     given.append(text)
-                    queue.put_nowait(Piece(each.index, text))
+                    told, at = told + len(scores), at + len(text)
             completion = await each.answer.whole()
             self._count(len(completion.ids))
             if self._over:
@@ -156,7 +163,7 @@ class Flight:
             if completion.finish == "cancelled":  # by nobody here: whoever does so no longer listens
                 raise Draining("the server shut down before the answer was whole")
             rest, calls = each.reading.finish(completion, self._tokenizer, each.stop)
-            choice = Choice(completion, "".join([*given, rest]), calls, each.logprobs, each.before)
+            choice = Choice(completion, "".join([*given, rest]), calls, each.logprobs, each.before, told, at)
             queue.put_nowait(Ended(each.index, rest, choice))
         except Exception as error:
             queue.put_nowait(error)

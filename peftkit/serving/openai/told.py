@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from peftkit.base.tokenizer import Tokenizer
-from peftkit.generation.requests import Completion
+from peftkit.generation.requests import Completion, Logprob
 from peftkit.serving.openai.calls import Call
 from peftkit.serving.openai.tokens import token_bytes, token_text
 
@@ -31,6 +32,20 @@ class Choice:
     """Whether log-probabilities were asked for."""
     before: str = ""
     """The prompt, where the answer repeats it."""
+    told: int = 0
+    """Of how many tokens the log-probabilities stood in its pieces."""
+    at: int = 0
+    """How many characters these tokens are."""
+
+    @property
+    def scores(self) -> Sequence[Logprob] | None:
+        """The log-probabilities of all its tokens, where they were asked for."""
+        return self.completion.logprobs if self.logprobs else None
+
+    @property
+    def untold(self) -> Sequence[Logprob] | None:
+        """Those that stood in none of its pieces; None for none."""
+        return (self.scores or ())[self.told :] or None
 
     @property
     def finish(self) -> str:
@@ -90,13 +105,13 @@ def chat_choice(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, A
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if choice.calls:
         message["tool_calls"] = [_call(call) for call in choice.calls]
-    logprobs = _chat_logprobs(choice, tokenizer)
+    logprobs = chat_logprobs(choice.scores, tokenizer)
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
 
 
-def chat_delta(index: int, delta: Mapping[str, Any]) -> dict[str, Any]:
+def chat_delta(index: int, delta: Mapping[str, Any], logprobs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A piece of an answer in a conversation."""
-    return {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": None}
+    return {"index": index, "delta": dict(delta), "logprobs": logprobs, "finish_reason": None}
 
 
 def call_deltas(calls: Sequence[Call]) -> dict[str, Any]:
@@ -105,14 +120,14 @@ def call_deltas(calls: Sequence[Call]) -> dict[str, Any]:
 
 
 def chat_end(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The last chunk of an answer in a conversation, with the log-probabilities of all its tokens."""
-    logprobs = _chat_logprobs(choice, tokenizer)
+    """The last chunk of an answer in a conversation, with the log-probabilities that no piece had."""
+    logprobs = chat_logprobs(choice.untold, tokenizer)
     return {"index": index, "delta": {}, "logprobs": logprobs, "finish_reason": choice.finish}
 
 
 def text_choice(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
     """A whole text."""
-    logprobs = _text_logprobs(choice, tokenizer)
+    logprobs = text_logprobs(choice.scores, tokenizer)
     return {
         "index": index,
         "text": choice.before + choice.content,
@@ -121,43 +136,52 @@ def text_choice(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, A
     }
 
 
-def text_delta(index: int, piece: str) -> dict[str, Any]:
+def text_delta(index: int, piece: str, logprobs: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A piece of a text."""
-    return {"index": index, "text": piece, "logprobs": None, "finish_reason": None}
+    return {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": None}
 
 
 def text_end(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The last chunk of a text, with the log-probabilities of all its tokens."""
-    return {"index": index, "text": "", "logprobs": _text_logprobs(choice, tokenizer), "finish_reason": choice.finish}
+    """The last chunk of a text, with the log-probabilities that no piece had."""
+    logprobs = text_logprobs(choice.untold, tokenizer, choice.at)
+    return {"index": index, "text": "", "logprobs": logprobs, "finish_reason": choice.finish}
 
 
-def _chat_logprobs(choice: Choice, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if not choice.logprobs:
+def chat_logprobs(scores: Sequence[Logprob] | None, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Log-probabilities of tokens in a conversation; None where they were not asked for."""
+    if scores is None:
         return None
     content = [
         {
             **_chat_token(each.token, each.value, tokenizer),
             "top_logprobs": [_chat_token(token, value, tokenizer) for token, value in each.top],
         }
-        for each in choice.completion.logprobs
+        for each in scores
     ]
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(choice: Choice, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The older form: lists, and where each token begins in the text. A prompt that is repeated has none."""
-    if not choice.logprobs:
+def text_logprobs(scores: Sequence[Logprob] | None, tokenizer: Tokenizer, at: int = 0) -> dict[str, Any] | None:
+    """The older form: lists, and where each token begins in the text, the first one at `at`. A prompt that is repeated
+    has none."""
+    if scores is None:
         return None
-    given, offsets, at = choice.completion.logprobs, [], 0
-    for each in given:
-        offsets.append(at)
-        at += len(token_text(each.token, tokenizer))
     return {
-        "tokens": [_spelled(each.token, tokenizer) for each in given],
-        "token_logprobs": [_finite(each.value) for each in given],
-        "top_logprobs": [{_spelled(token, tokenizer): _finite(value) for token, value in each.top} for each in given],
-        "text_offset": offsets,
+        "tokens": [_spelled(each.token, tokenizer) for each in scores],
+        "token_logprobs": [_finite(each.value) for each in scores],
+        "top_logprobs": [{_spelled(token, tokenizer): _finite(value) for token, value in each.top} for each in scores],
+        "text_offset": _offsets([each.token for each in scores], tokenizer, at),
     }
+
+
+def _offsets(tokens: Sequence[int], tokenizer: Tokenizer, at: int) -> list[int]:
+    """Where each token begins, in characters; tokens that are one character together all begin with it."""
+    offsets, decoder = [], getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        offsets.append(at)
+        spelled = token_bytes(token, tokenizer)
+        at += len(token_text(token, tokenizer) if spelled is None else decoder.decode(spelled))
+    return offsets
 
 
 def _call(call: Call) -> dict[str, Any]:

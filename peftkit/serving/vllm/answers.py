@@ -60,10 +60,12 @@ class VllmAnswer:
         self._stops = frozenset(_stops(request, tokenizer))
         self._text = Text(tokenizer, request.stop)
         self._ids: list[int] = []
+        self.scored: list[Logprob] = []
+        """Log-probabilities of the tokens of all pieces so far, where they were asked for."""
         self._logprobs: list[Logprob] = []
         self._finish: Finish | None = None
         self._error: PeftkitError | None = None
-        self._pieces: deque[str] = deque()
+        self._pieces: deque[tuple[str, int]] = deque()
         self._news = asyncio.Event()
         self._reading = self._cancelled = False
         self.task = asyncio.create_task(self._read())
@@ -76,8 +78,9 @@ class VllmAnswer:
             self._news.clear()
             over = self.task.done()
             if self._pieces:
-                piece = "".join(self._pieces)
+                piece, told = "".join(text for text, _ in self._pieces), self._pieces[-1][1]
                 self._pieces.clear()
+                self.scored = self._logprobs[:told]
                 yield piece
             elif over:
                 break
@@ -157,7 +160,7 @@ class VllmAnswer:
 
     def _push(self, piece: str) -> None:
         if piece:
-            self._pieces.append(piece)
+            self._pieces.append((piece, len(self._logprobs)))
             self._news.set()
 
 
