@@ -97,6 +97,7 @@ def test_the_step_is_repeated_in_smaller_pieces_with_the_same_loss(
     assert list(found["losses"].values()) == pytest.approx(list(free["losses"].values()), rel=1e-5)
 
 
+@pytest.mark.full
 def test_with_dropout_the_log_says_that_the_draw_changed(tmp_path: Path, tiny_base: Path) -> None:
     found = process(tmp_path, tiny_base, 18, dropout=0.1)
     assert found["micro"]["4"] > 1.0

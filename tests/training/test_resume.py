@@ -282,6 +282,7 @@ def test_killed_inside_the_save(
         assert_same(run(tuned, rows, folder, resume=True), whole, whole[2])
 
 
+@pytest.mark.full
 def test_the_best_adapter_needs_no_room_on_the_disk(
     tuned: Make, rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
