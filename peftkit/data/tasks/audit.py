@@ -16,7 +16,7 @@ from peftkit.data.findings.told import counts, heed, stopping, tell, token_line
 from peftkit.data.overlap import ngram_overlap
 from peftkit.data.tasks.contents import plain_text
 from peftkit.data.tasks.encode import Encoded, encode, policy_of
-from peftkit.data.tasks.findings import examine, losses, unseen
+from peftkit.data.tasks.findings import examine, far, losses, unseen
 from peftkit.data.tasks.heads import labels_in
 from peftkit.data.tasks.sides import read_sides
 from peftkit.data.tasks.spec import TaskSpec
@@ -118,7 +118,8 @@ def inspect_task(
         parts.append(TaskPart(role, source.source, source.sha256, tuple(rows), encoded.examples, *lost, spec.license))
         gathered.append(encoded)
     overlap = _overlap(sides.held_out, sides.written)
-    findings = (*tally.findings(spec.accept), *unseen(gathered, sum(len(part.rows) for part in parts)))
+    found = (*tally.findings(spec.accept), *unseen(gathered, sum(len(part.rows) for part in parts)))
+    findings = (*found, *far(sides.train)) if sides.head.problem == "regression" else found
     result = TaskAudit(sides.head, parts[0], parts[1], overlap, findings)
     _report_counts(result, report)
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean, pstdev
 
 from peftkit.base.head import Head
 from peftkit.data.findings import private, text
@@ -18,6 +19,9 @@ from peftkit.data.tasks.task import TaskRow
 
 _IMBALANCE = 0.9
 _RARE = 2
+_FAR = 10
+"""Numbers whose mean, or whose deviation either way, is so many times 1: a head begins at numbers around 0, and its
+rates are for steps of that size."""
 _PLAIN = re.compile(r"[\W_]+")
 
 
@@ -126,3 +130,14 @@ def unseen(parts: Sequence[Encoded], rows: int) -> tuple[Finding, ...]:
     mend = "remove characters without a shape (control characters, joiners) from these rows"
     share = len(found) / max(1, rows)
     return (Finding("word_unseen", "warning", len(found), share, tuple(found[:LISTED]), said, mend),)
+
+
+def far(rows: Sequence[TaskRow]) -> tuple[Finding, ...]:
+    """The finding of numbers that a regression begins far away from, where they are."""
+    numbers = [float(row.target) for row in rows]
+    mean, deviation = fmean(numbers), pstdev(numbers)
+    if abs(mean) <= _FAR and 1 / _FAR <= deviation <= _FAR:
+        return ()
+    said = f"the numbers are {mean:.4g} ± {deviation:.4g}, are learned as they are, and a head begins at 0 ± 1"
+    mend = f"train on (number - {mean:.4g}) / {deviation:.4g}, and turn what is predicted back"
+    return (Finding("far_numbers", "warning", len(numbers), 1.0, (), said, mend),)

@@ -172,13 +172,8 @@ class TaskComparison:
             return Note(f"the adapter beats the best baseline, {lead.rival}{where}: {figures}")
         return Warned(
             f"the adapter does not beat the best baseline, {lead.rival}{where}: {figures}",
-            hint=("scale the numbers to about 0 ± 1: they are learned as they are; or " if self._is_number else "")
-            + "more training rows, another rate or a larger base; or use the baseline",
+            hint="more training rows, another rate or a larger base; or use the baseline",
         )
-
-    @property
-    def _is_number(self) -> bool:
-        return self.head.problem == "regression"
 
     def _on_rival_rows(self, lead: Lead) -> tuple[str, str]:
         rival = self.scores(lead.rival).value

@@ -279,6 +279,21 @@ def test_words_without_tokens_are_found(write: Write, encoder: Tokenizer) -> Non
     assert "\\u200d" in found.findings[-1].examples[0].excerpt
 
 
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [((1, 3, 5), False), ((-9, 9), False), ((100, 104), True), ((1e6, 2e6), True), ((0.01, 0.02), True)],
+)
+def test_numbers_far_from_where_a_head_begins_are_told(
+    write: Write, encoder: Tokenizer, numbers: tuple[float, ...], told: bool
+) -> None:
+    path = write("r.jsonl", table(*((f"t{at}", number) for at, number in enumerate(numbers))))
+    found = run(encoder, task="regression", train=path, held_out=write("h.jsonl", table(("u", numbers[0]))))
+    assert ("far_numbers" in rules(found)) == told
+    if numbers == (100, 104):
+        assert found.findings[-1].text.startswith("the numbers are 102 ± 2,")
+        assert "(number - 102) / 2" in (found.findings[-1].mend or "")
+
+
 def test_a_continued_head_takes_its_own_labels_only(write: Write, causal: Tokenizer) -> None:
     path, held = write("r.jsonl", table(("x", "a"), ("y", "b"))), write("h.jsonl", table(("u", "a")))
     head = Head("sequence", ("a", "b", "c"))
