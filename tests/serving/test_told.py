@@ -167,6 +167,12 @@ def test_sentencepiece_tokens_keep_their_space_and_their_byte(tmp_path: Path) ->
     assert token_bytes(3, tokenizer) == b"\xe2"
 
 
+def full_disk() -> RegistryError:
+    error = RegistryError("could not tag")
+    error.__cause__ = OSError(28, "No space left on device")
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
@@ -181,6 +187,7 @@ def test_sentencepiece_tokens_keep_their_space_and_their_byte(tmp_path: Path) ->
         (AdapterDamaged("x"), 500, "adapter_damaged"),
         (GenerationError("x"), 500, None),
         (Refused(413, "x", param="body", code="too_large"), 413, "too_large"),
+        (full_disk(), 500, None),
         (ValueError("a secret"), 500, None),
     ],
 )

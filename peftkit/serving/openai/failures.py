@@ -83,7 +83,7 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(503, str(error), "server_error", code="engine_unavailable")
     if isinstance(error, AdapterNotFound):
         return Failure(404, str(error), param="model", code="model_not_found")
-    if isinstance(error, _ASKED) and not isinstance(error, AdapterDamaged):
+    if isinstance(error, _ASKED) and not isinstance(error, AdapterDamaged) and not _of_the_machine(error):
         return Failure(400, _words(error), code=_code(error))
     # The same request would fail in the same way, and without this OpenAI's client sends it twice more.
     final = {"x-should-retry": "false"}
@@ -113,6 +113,11 @@ def _words(error: PeftkitError) -> str:
         return said
     where, _, problem = said.removeprefix("1 problem in ").partition("\n- ")
     return problem if where == "the request" else f"{where}: {problem}"
+
+
+def _of_the_machine(error: BaseException) -> bool:
+    """Whether a full disk, missing rights or a held lock is behind it: no other request would help."""
+    return isinstance(error.__cause__, OSError)
 
 
 def _code(error: BaseException) -> str | None:
