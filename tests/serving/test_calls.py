@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving.tool_templates import CONTROL, LLAMA3, READABLE, XML, tokenizer_with
+from serving.calls_lab import AUTO, PLAIN, TOOLS, form, read, shipped, written
+from serving.tool_templates import CONTROL, LLAMA3, MARKED, OTHERWISE, READABLE, XML, tokenizer_with
 from tiny_bases import CHATML
 
 from peftkit.base.tokenizer import Tokenizer
-from peftkit.data.formats import Row
-from peftkit.data.template import Rendering, render
+from peftkit.data.template import Rendering
 from peftkit.errors import DataError
 from peftkit.generation.constrain import Grammar
 from peftkit.generation.requests import Completion
 from peftkit.serving.openai.call_forms import form_of, shown
-from peftkit.serving.openai.calls import Form, Reading, forced_call, forced_schema, new_id
+from peftkit.serving.openai.calls import Reading, forced_call, forced_schema, new_id
 from peftkit.serving.openai.turns import Tools
 
-PLAIN = Rendering()
 EMPTY: dict[str, Any] = {"type": "object", "properties": {}}
-TOOLS = tuple(
-    {"type": "function", "function": {"name": n, "description": "", "parameters": EMPTY}} for n in ("f", "g-1")
-)
-AUTO = Tools(TOOLS, "auto")
 NAMES = ("zq_first", "zq_second")
 ASKED = tuple({"type": "function", "function": {"name": name, "parameters": EMPTY}} for name in NAMES)
 CALLS = [("f", {"city": "Málaga", "days": [1, 2]}), ("g-1", {"a": {"b": "}"}})]
@@ -40,38 +33,6 @@ CALLS = [("f", {"city": "Málaga", "days": [1, 2]}), ("g-1", {"a": {"b": "}"}})]
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     folder = tmp_path_factory.mktemp("tokenizers")
     return {name: tokenizer_with(folder / name, text, CONTROL.get(name)) for name, text in READABLE.items()}
-
-
-def written(
-    tokenizer: Tokenizer, calls: list[tuple[str, dict[str, Any]]], content: str = "", short: bool = False
-) -> str:
-    """What a model answers that writes calls as its template does."""
-    made = [{"id": new_id(short=short), "type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content, "tool_calls": made}]
-    row = Row(messages=(), text=None, tools=TOOLS, chat_template_kwargs={}, columns={}, where="test")  # type: ignore[arg-type]
-    whole = render(turns, row, tokenizer, PLAIN, prompt=False)
-    prompt = render(turns[:1], row, tokenizer, PLAIN, prompt=True)
-    assert whole.startswith(prompt)
-    said = whole[len(prompt) :]
-    stop = tokenizer.decode([tokenizer.stop_ids[0]], skip_special_tokens=False)
-    return said[: said.index(stop)]
-
-
-@cache
-def _form(tokenizer: Tokenizer) -> Form:
-    return form_of(shown(tokenizer, PLAIN), tokenizer)
-
-
-def read(tokenizer: Tokenizer, text: str, tools: Tools = AUTO, size: int = 1) -> tuple[str, list[tuple[str, Any]]]:
-    """Content and calls of an answer that comes in pieces, as a stream gives it out."""
-    ids = tokenizer.encode(text)
-    completion = Completion(tokenizer.decode(ids), ids, True)
-    reading = Reading(tools, _form(tokenizer) if tools.choice == "auto" else None)
-    pieces = [completion.text[at : at + size] for at in range(0, len(completion.text), size)]
-    content = "".join(reading.add(piece) for piece in pieces)
-    rest, calls = reading.finish(completion, tokenizer)
-    assert len({call.id for call in calls}) == len(calls)
-    return content + rest, [(call.name, json.loads(call.arguments)) for call in calls]
 
 
 @pytest.mark.parametrize("name", READABLE)
@@ -90,7 +51,7 @@ def test_calls_are_read_as_the_template_writes_them(tokenizers: dict[str, Tokeni
         assert content.replace("<think>", "").replace("</think>", "").strip() == ""
 
 
-@pytest.mark.parametrize("name", ["hermes", "qwen3", "mistral-args", "deepseek", "function-tag"])
+@pytest.mark.parametrize("name", ["hermes", "qwen3", "mistral-args", "deepseek", "function-tag", "qwen3-coder", "glm4"])
 def test_text_before_calls_is_content(tokenizers: dict[str, Tokenizer], name: str) -> None:
     content, found = read(tokenizers[name], written(tokenizers[name], CALLS, "I < look."))
     assert found == CALLS
@@ -98,7 +59,7 @@ def test_text_before_calls_is_content(tokenizers: dict[str, Tokenizer], name: st
 
 
 def test_a_stream_gives_out_text_at_once_until_a_call_may_begin(tokenizers: dict[str, Tokenizer]) -> None:
-    reading = Reading(AUTO, _form(tokenizers["hermes"]))
+    reading = Reading(AUTO, form(tokenizers["hermes"]))
     assert [reading.add(piece) for piece in ("a", " b ", "c <", "tool", " x", " <tool_call>", "{")] == [
         "a", " b", " c", "", " <tool x", "", "",
     ]  # fmt: skip
@@ -120,6 +81,7 @@ def test_json_is_a_call_at_the_beginning_only_where_nothing_stands_before_calls(
         '<tool_call>\n{"name": "f"}\n</tool_call>',
         '<tool_call>\n{"name": "f", "arguments": 5}\n</tool_call>',
         '<tool_call>\n{"name": "f", "arguments": {"a": NaN}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": {"a": 1e999}}\n</tool_call>',
         '<tool_call>\n{"name": "f", "arguments": {"a": ' + "[" * 5000 + "]" * 5000 + "}}\n</tool_call>",
         '<tool_call>\n{"name": "f", "arguments": {"a": ' + "9" * 5000 + "}}\n</tool_call>",
         "<tool_call>",
@@ -146,10 +108,10 @@ def test_without_tools_nothing_is_a_call(tokenizers: dict[str, Tokenizer]) -> No
     assert read(tokenizers["hermes"], text, Tools()) == (text, [])
 
 
-@given(text=st.text(st.sampled_from('<tool_call>/{}":fag, \n'), max_size=60), size=st.integers(1, 9))
+@given(text=st.text(st.sampled_from('<tool_call>/{}":fag, \n=prm'), max_size=60), size=st.integers(1, 9))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_text_is_lost_however_it_comes(tokenizers: dict[str, Tokenizer], text: str, size: int) -> None:
-    for name in ("hermes", "llama3", "mistral-args", "function-tag"):
+    for name in ("hermes", "llama3", "mistral-args", "function-tag", "qwen3-coder", "glm4"):
         content, calls = read(tokenizers[name], text, size=size)
         assert (content, calls) == read(tokenizers[name], text, size=10_000)
         assert calls or content == text
@@ -171,17 +133,20 @@ def test_ids_are_of_the_kind_that_the_template_takes_back(tokenizers: dict[str, 
         ("llama3_1", "", "parameters"),
         ("llama3_2", "", "parameters"),
         ("deepseekv3", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>", None),
+        ("qwen3_5_think", "<function=", None),
+        ("qwen3_5_nothink", "<function=", None),
+        ("qwen3_6", "<function=", None),
+        ("qwen3_8", "<function=", None),
+        ("nemotron_3_nano", "<function=", None),
+        ("nemotron_3_ultra", "<function=", None),
+        ("glm4moe", "<tool_call>", None),
     ],
 )
 def test_templates_that_ship_with_trl_are_read(tmp_path: Path, name: str, begin: str, arguments: str | None) -> None:
-    found = importlib.util.find_spec("trl")
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    file = Path(found.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja"
-    tokenizer = tokenizer_with(tmp_path, file.read_text(encoding="utf-8"))
-    form = _form(tokenizer)
-    assert form.begin == begin
-    assert (form.inside.arguments if form.inside else None) == ((arguments,) if arguments else None)
+    tokenizer = tokenizer_with(tmp_path, shipped(name))
+    found_form = form(tokenizer)
+    assert found_form.begin == begin
+    assert (found_form.inside.arguments if found_form.inside else None) == ((arguments,) if arguments else None)
     taken = shown(tokenizer, PLAIN)
     assert taken.spelling.text_arguments == (name == "deepseekv3")
     said = read(tokenizer, taken.two or taken.one, Tools(ASKED, "auto"))
@@ -192,17 +157,23 @@ def test_a_turn_with_calls_may_end_in_a_token_of_its_own(tmp_path: Path) -> None
     """As Llama 3.1 ends them in <|eom_id|>: what follows the call is no part of how it is written."""
     tokenizer = tokenizer_with(tmp_path, LLAMA3.replace("{{ '}<|im_end|>' }}", "{{ '}<|endoftext|>' }}"))
     tokenizer = replace(tokenizer, stop_ids=(2, 0))
-    assert _form(tokenizer).end == ""
+    assert form(tokenizer).end == ""
     assert read(tokenizer, '{"name": "f", "parameters": {}}') == ("", [("f", {})])
 
 
-@pytest.mark.parametrize("template", [XML, CHATML, None])
+def test_a_template_that_names_the_function_before_the_call_is_refused(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with(tmp_path, shipped("muse_glimmer"))
+    with pytest.raises(DataError, match="neither as JSON nor each between tags"):
+        form(tokenizer)
+
+
+@pytest.mark.parametrize("template", [XML, MARKED, OTHERWISE, CHATML, None])
 def test_templates_that_cannot_be_read_are_refused(tmp_path: Path, template: str | None) -> None:
     tokenizer = tokenizer_with(tmp_path, template)
     with pytest.raises(DataError):
         form_of(shown(tokenizer, PLAIN), tokenizer)
-    if template is XML:
-        assert shown(tokenizer, PLAIN).one.startswith("<function=")
+    if template in (XML, MARKED, OTHERWISE):
+        assert shown(tokenizer, PLAIN).one.startswith("<")
     else:
         with pytest.raises(DataError):
             shown(tokenizer, PLAIN)

@@ -14,7 +14,7 @@ import openai
 import pytest
 from generation.adapters_lab import Lab
 from serving.scripted import Scripted
-from serving.tool_templates import DEEPSEEK, FUNCTION_TAG, HERMES, MISTRAL, tokenizer_with
+from serving.tool_templates import DEEPSEEK, FUNCTION_TAG, HERMES, MISTRAL, QWEN3_CODER, tokenizer_with
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.template import Rendering
@@ -139,6 +139,27 @@ def test_a_template_that_reads_arguments_as_text_gets_them_so(tmp_path: Path) ->
 
     asyncio.run(scene())
     assert 'f\n```json\n{"a": 1}\n```' in tokenizer.decode(list(engine.asked[-1].prompt))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_arguments_between_tags_go_out_as_json_and_back_as_they_were(tmp_path: Path, stream: bool) -> None:
+    tokenizer = tokenizer_with(tmp_path / "coder", QWEN3_CODER)
+    written = "".join(f"<parameter={name}>\n7\n</parameter>\n" for name in "ab")
+    said = f"\n<tool_call>\n<function=h>\n{written}</function>\n</tool_call>"
+    parameters = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}
+    tools: Any = [{"type": "function", "function": {"name": "h", "parameters": parameters}}]
+    engine = Scripted(tokenizer, [said])
+
+    async def scene() -> None:
+        async with asking(engine, tmp_path) as client:
+            content, [call], finish = await told(client, stream, tools=tools)
+            assert (content, finish, json.loads(call.function.arguments)) == ("", "tool_calls", {"a": 7, "b": "7"})
+            function = {"name": call.function.name, "arguments": call.function.arguments}
+            turn: Any = {"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": function}]}
+            await told(client, stream, messages=[*HI, turn, *HI], tools=tools)
+
+    asyncio.run(scene())
+    assert said in tokenizer.decode(list(engine.asked[-1].prompt))
 
 
 @pytest.mark.parametrize("n", [1, 3])

@@ -72,12 +72,53 @@ COMMAND = (  # the whole call in a list, the arguments under another key, deeper
     "{{ '\n]```' }}"
     "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}" + _PROMPT
 )
-XML = (  # arguments one by one: nothing to read JSON from
+QWEN3_CODER = (  # Qwen3-Coder's (Apache-2.0), whose part about calls stands here word for word
+    _HEAD + "{%- for message in messages %}{%- if message.tool_calls %}{{- '<|im_start|>' + message.role }}"
+    """
+            {%- if message.content is defined and message.content is string and message.content | trim | length > 0 %}
+                {{- '\\n' + message.content | trim + '\\n' }}
+            {%- endif %}
+            {%- for tool_call in message.tool_calls %}
+                {%- if tool_call.function is defined %}
+                    {%- set tool_call = tool_call.function %}
+                {%- endif %}
+                {{- '\\n<tool_call>\\n<function=' + tool_call.name + '>\\n' }}
+                {%- if tool_call.arguments is defined %}
+                    {%- for args_name, args_value in tool_call.arguments|items %}
+                        {{- '<parameter=' + args_name + '>\\n' }}
+                        {%- set args_value = args_value | tojson | safe if args_value is mapping or (args_value is sequence and args_value is not string) else args_value | string %}
+                        {{- args_value }}
+                        {{- '\\n</parameter>\\n' }}
+                    {%- endfor %}
+                {%- endif %}
+                {{- '</function>\\n</tool_call>' }}
+            {%- endfor %}
+            {{- '<|im_end|>\\n' }}
+    """  # noqa: E501
+    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- endfor %}" + _PROMPT
+)
+GLM4 = (  # GLM-4.5's: names and values each between tags, with no line for themselves
+    _HEAD + "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+    "{% for c in m.tool_calls or [] %}{{ '\n<tool_call>' + c.function.name + '\n' }}"
+    "{% for k, v in c.function.arguments.items() %}{{ '<arg_key>' + k + '</arg_key>\n<arg_value>' }}"
+    "{{ (v if v is string else v | tojson) + '</arg_value>\n' }}{% endfor %}{{ '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}" + _PROMPT
+)
+XML = (  # values that are no text are refused, so nothing says how they are written
     _HEAD + "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
     "{% for c in m.tool_calls or [] %}{{ '<function=' + c.function.name + '>' }}"
     "{% for k, v in c.function.arguments.items() %}"
     "{{ '<parameter=' + k + '>' + v + '</parameter>' }}{% endfor %}{{ '</function>' }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endfor %}" + _PROMPT
+)
+MARKED = XML.replace(  # says beside each value whether it is a text, as DeepSeek V3.2's do: tags that depend on values
+    "'>' + v +", "' text=' + (v is string) | string + '>' + v | string +"
+)
+OTHERWISE = (  # as Python writes calls
+    _HEAD + "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+    "{% for c in m.tool_calls or [] %}{{ '<' + c.function.name + '(' }}{% for k, v in c.function.arguments.items() %}"
+    "{{ k + '=' + v | string }}{% endfor %}{{ ')>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}" + _PROMPT
 )
 
 READABLE = {
@@ -89,6 +130,8 @@ READABLE = {
     "deepseek": DEEPSEEK,
     "function-tag": FUNCTION_TAG,
     "command": COMMAND,
+    "qwen3-coder": QWEN3_CODER,
+    "glm4": GLM4,
 }
 CONTROL = {"mistral": ["[TOOL_CALLS]"], "mistral-args": ["[TOOL_CALLS]", "[ARGS]"]}
 

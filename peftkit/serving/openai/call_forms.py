@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -13,14 +14,23 @@ from peftkit.data.formats import Row
 from peftkit.data.template import Rendering, render
 from peftkit.errors import DataError
 from peftkit.serving.openai.calls import Form, Inside, json_at
+from peftkit.serving.openai.tagged import Tags
 
 # What the template is shown. No template contains these words; the ids are OpenAI's kind, and then Mistral's only kind.
 _FIRST, _SECOND = _NAMES = ("zq_first", "zq_second")
 _KEY, _VALUE = "zq_key", "zq_value"
 _ARGUMENTS = {_KEY: _VALUE}
+_MORE, _COUNT = "zq_more", 7
+_SEVERAL = {**_ARGUMENTS, _MORE: _COUNT}
 _SAID = "Zq said Zq"
 _IDS = (("call_zq0000001", "call_zq0000002"), ("zq0000001", "zq0000002"))
 _TOOL = {"name": "zq_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
+# A call with several arguments. Each part that is looked for begins with a tag.
+_SPANS = re.compile(
+    rf"\s*(?P<lead>.*?)\s*(?P<begin><[^<]*?)\s*{_FIRST}\s*(?P<after_name>.*?)\s*(?P<opening><[^<]*?){_KEY}"
+    rf"\s*(?P<named>\S.*?)(?P<before>\s*){_VALUE}(?P<after>\s*)(?P<closing><.*?)(?P<apart>\s*)(?P=opening){_MORE}",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Shown:
     one: str
     two: str | None
     """None where it takes one call only."""
+    several: str | None
+    """One call with a text and a number; None where arguments are written as JSON, or where it refuses a number."""
     spelling: Spelling
 
 
@@ -59,47 +71,70 @@ def shown(tokenizer: Tokenizer, rendering: Rendering) -> Shown:
     """Show the template one call and two. Raises DataError when they would not be in a prompt."""
     plain = _rendered(tokenizer, rendering, {"role": "assistant", "content": _SAID})
     one, spelling = _first_taken(tokenizer, rendering)
-    try:
-        two: str | None = _rendered(tokenizer, rendering, _called(spelling, 2))
-    except DataError:
-        two = None
-    several = two is not None and _SECOND in two
+    two = _taken(tokenizer, rendering, _called(spelling, _NAMES))
+    said = _answer(one, plain, tokenizer)
+    several = None if "{" in said else _taken(tokenizer, rendering, _called(spelling, _NAMES[:1], _SEVERAL))
     return Shown(
-        one=_answer(one, plain, tokenizer),
-        two=_answer(two, plain, tokenizer) if two is not None and several else None,
+        one=said,
+        two=_answer(two, plain, tokenizer) if two is not None and _SECOND in two else None,
+        several=_answer(several, plain, tokenizer) if several is not None else None,
         spelling=spelling,
     )
 
 
 def form_of(found: Shown, tokenizer: Tokenizer) -> Form:
     """How calls are written. Raises DataError when nothing can tell where they begin and end."""
-    one, two, between = found.one, found.two, ""
-    calls = list(_objects(one, 0))
-    if calls:
-        start, end, value = calls[0]
-        inside = _inside(value)
-        begin, after_name, rest = one[:start], "", one[end:]
-        if two is not None:
-            both = list(_objects(two, start))
-            between = two[both[0][1] : both[1][0]] if len(both) > 1 else ""
-    else:
-        inside, named = None, one.index(_FIRST) + len(_FIRST)
-        end = _arguments_end(one, named)
-        begin, after_name, rest = one[: named - len(_FIRST)], one[named : one.index("{", named)], one[end:]
-        if two is not None:
-            between = two[_arguments_end(two, two.index(_FIRST)) : two.index(_SECOND)]
-        if not begin.strip():
-            raise _unusable("nothing stands before the name in a call")
-    written = one + (two or "")
-    return Form(
-        begin=begin.strip(),
-        between=between.strip(),
-        end=rest.strip(),
-        inside=inside,
-        after_name=after_name.strip(),
-        control=tuple(token for token in tokenizer.control if token in written),
-        short_ids=found.spelling.short_ids,
+    form = _in_json(found) or _in_tags(found) or _behind_a_name(found)
+    written = found.one + (found.two or "")
+    control = tuple(token for token in tokenizer.control if token in written)
+    return replace(form, control=control, short_ids=found.spelling.short_ids)
+
+
+def _in_json(found: Shown) -> Form | None:
+    """Calls that are JSON, names and arguments; None when they are not."""
+    calls = list(_objects(found.one, 0))
+    if not calls:
+        return None
+    start, end, value = calls[0]
+    both = [] if found.two is None else list(_objects(found.two, start))
+    between = "" if found.two is None or len(both) < 2 else found.two[both[0][1] : both[1][0]]
+    return Form(found.one[:start].strip(), between.strip(), found.one[end:].strip(), inside=_inside(value))
+
+
+def _behind_a_name(found: Shown) -> Form:
+    """Calls that are a name in the text, and arguments as JSON."""
+    one, two = found.one, found.two
+    begin, _, rest = one.partition(_FIRST)
+    end = _arguments_end(rest, 0)
+    if not begin.strip():
+        raise _unusable("nothing stands before the name in a call")
+    between = "" if two is None else two[_arguments_end(two, two.index(_FIRST)) : two.index(_SECOND)]
+    after_name = rest[: rest.index("{")].strip()
+    return Form(begin.strip(), between.strip(), rest[end:].strip(), after_name=after_name)
+
+
+def _in_tags(found: Shown) -> Form | None:
+    """Calls that are a name in the text, and arguments between tags; None when they are not, or cannot be read back."""
+    said = found.several or ""
+    part = _SPANS.match(said)
+    last = found.one.rpartition(_VALUE)[2].strip()
+    if part is None or _FIRST in part["lead"] or not last.startswith(part["closing"]):
+        return None
+    end, _, after = last.removeprefix(part["closing"]).strip().partition(">")
+    tags = Tags(
+        begin=part["begin"],
+        opening=part["opening"],
+        named=part["named"],
+        closing=part["closing"],
+        end=f"{end}>",
+        apart=part["apart"],
+        margins=(part["before"], part["after"]),
     )
+    ended = (found.two or "").partition(_VALUE)[2].partition(tags.end)[2]
+    between = ended.partition(_SECOND)[0].strip()
+    form = Form(part["begin"], between, after.strip(), after_name=part["after_name"], tags=tags, lead=part["lead"])
+    _, calls = form.read(said, {_FIRST: {"properties": {_MORE: {"const": _COUNT}}}})
+    return form if [json.loads(call.arguments) for call in calls] == [_SEVERAL] else None
 
 
 def _first_taken(tokenizer: Tokenizer, rendering: Rendering) -> tuple[str, Spelling]:
@@ -107,7 +142,7 @@ def _first_taken(tokenizer: Tokenizer, rendering: Rendering) -> tuple[str, Spell
     why: DataError | None = None
     for spelling in _SPELLINGS:
         try:
-            one = _rendered(tokenizer, rendering, _called(spelling, 1))
+            one = _rendered(tokenizer, rendering, _called(spelling, _NAMES[:1]))
         except DataError as error:
             why = why or error
             continue
@@ -118,12 +153,20 @@ def _first_taken(tokenizer: Tokenizer, rendering: Rendering) -> tuple[str, Spell
     raise _unusable("a call in a conversation leaves no trace in its prompt")
 
 
-def _called(spelling: Spelling, count: int) -> Mapping[str, Any]:
+def _called(spelling: Spelling, names: Sequence[str], arguments: Mapping[str, Any] = _ARGUMENTS) -> Mapping[str, Any]:
     calls = [
-        {"id": identity, "type": "function", "function": {"name": name, "arguments": _ARGUMENTS}}
-        for identity, name in zip(_IDS[spelling.short_ids], _NAMES[:count], strict=False)
+        {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+        for identity, name in zip(_IDS[spelling.short_ids], names, strict=False)
     ]
     return spelling.turn({"role": "assistant", "content": "", "tool_calls": calls})
+
+
+def _taken(tokenizer: Tokenizer, rendering: Rendering, answer: Mapping[str, Any]) -> str | None:
+    """What the template makes of a turn; None when it refuses it."""
+    try:
+        return _rendered(tokenizer, rendering, answer)
+    except DataError:
+        return None
 
 
 def _rendered(tokenizer: Tokenizer, rendering: Rendering, answer: Mapping[str, Any]) -> str:
@@ -183,13 +226,13 @@ def _arguments_end(said: str, at: int) -> int:
     opened = said.find("{", at)
     value, end = json_at(said, opened) if opened >= 0 else (None, 0)
     if value != _ARGUMENTS:
-        raise _unusable("it does not write a call's arguments as JSON")
+        raise _unusable("it writes a call's arguments neither as JSON nor each between tags of its own")
     return end
 
 
 def _unusable(why: str) -> DataError:
     return DataError(
         f"the base's chat template cannot be used for tools: {why}",
-        expected="a template that writes calls of tools, with their arguments as JSON",
+        expected="a template that writes calls of tools with their arguments as JSON, or each between tags of its own",
         hint="ask without tools; response_format makes an answer JSON",
     )

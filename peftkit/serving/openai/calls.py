@@ -12,10 +12,12 @@ from typing import Any
 
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.generation.requests import Completion
+from peftkit.serving.openai.tagged import Marks, Tags
 from peftkit.serving.openai.turns import Tools
 
 _SPACE = re.compile(r"\s*")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+Schemas = Mapping[str, Mapping[str, Any]]
 _DECODER = json.JSONDecoder(parse_constant=lambda name: _refuse(name))
 
 
@@ -45,24 +47,30 @@ class Form:
     """Without spaces at its ends, as all of them; empty where an answer that begins with `{` or `[` is a call."""
     between: str
     end: str
-    inside: Inside | None
+    inside: Inside | None = None
     """None: the name stands in the text, and the arguments after `after_name`."""
-    after_name: str
-    control: tuple[str, ...]
+    after_name: str = ""
+    tags: Tags | None = None
+    """How arguments are written behind a name; None: as JSON."""
+    lead: str = ""
+    """What the template writes before `begin`, and a model may leave out, as Qwen3-Coder does with `<tool_call>`."""
+    control: tuple[str, ...] = ()
     """Control tokens, which are not in an answer's text: where there are any, calls are read off its tokens."""
-    short_ids: bool
+    short_ids: bool = False
     """Whether the template takes ids of nine letters and digits only, as Mistral's do."""
 
-    def read(self, text: str, names: frozenset[str]) -> tuple[str, list[Call]]:
-        """The text of an answer without its calls, and the calls. What is no whole call of one of `names` stays text.
+    def read(self, text: str, schemas: Schemas) -> tuple[str, list[Call]]:
+        """The text of an answer without its calls, and the calls. What is no whole call of one of the functions, given
+        with their arguments' schemas, stays text.
 
         Without calls the text is as it was.
         """
         kept, calls, at = "", list[Call](), 0
+        marks = None if self.tags is None else self.tags.marks(text)
         while (start := self._next(text, at)) is not None:
-            found, stop = self._block(text, start, names)
+            found, stop = self._block(text, start, schemas, marks)
             if found:
-                kept, calls = kept + text[at:start], calls + found
+                kept, calls = kept + self._before(text[at:start]), calls + found
             else:
                 stop = max(stop, start + 1)
                 kept += text[at:stop]
@@ -77,45 +85,50 @@ class Form:
             return 0
         if not self.begin:
             return 0 if text.lstrip()[:1] in ("", "{", "[") else len(text)
-        found = text.find(self.begin)
-        if found < 0:
-            longest = min(len(text), len(self.begin) - 1)
-            found = len(text) - next((n for n in range(longest, 0, -1) if text.endswith(self.begin[:n])), 0)
+        found = min(_may_begin(text, mark) for mark in (self.lead or self.begin, self.begin))
         return len(text[:found].rstrip())
+
+    def _before(self, text: str) -> str:
+        """The text before a call, without what leads to the call."""
+        bare = text.rstrip()
+        return bare.removesuffix(self.lead) if self.lead and bare.endswith(self.lead) else text
 
     def _next(self, text: str, at: int) -> int | None:
         if self.begin:
             return found if (found := text.find(self.begin, at)) >= 0 else None
         return 0 if at == 0 and text.lstrip()[:1] in ("{", "[") else None
 
-    def _block(self, text: str, start: int, names: frozenset[str]) -> tuple[list[Call], int]:
+    def _block(self, text: str, start: int, schemas: Schemas, marks: Marks | None) -> tuple[list[Call], int]:
         """Calls from `start` on, where `begin` stands, and where they end; none where something is not a call."""
         calls, at = list[Call](), start
-        read = self._one(text, start + len(self.begin), names)
+        read = self._one(text, start + len(self.begin), schemas, marks)
         while read is not None:
             calls, at = calls + read[0], read[1]
             after = _literal(text, at, self.between) if self.between else None
-            read = None if after is None else self._one(text, after, names)
+            read = None if after is None else self._one(text, after, schemas, marks)
         closed = _literal(text, at, self.end) if calls else None
         return calls, at if closed is None else closed
 
-    def _one(self, text: str, at: int, names: frozenset[str]) -> tuple[list[Call], int] | None:
+    def _one(self, text: str, at: int, schemas: Schemas, marks: Marks | None) -> tuple[list[Call], int] | None:
         """The call or the list of calls that stands at `at`, and where it ends."""
         at = _skip(text, at)
         if self.inside is not None:
             value, end = json_at(text, at)
             listed = value if isinstance(value, list) else [value]
-            pairs = [(_within(each, self.inside.name), _within(each, self.inside.arguments)) for each in listed]
+            said = [(_within(each, self.inside.name), _within(each, self.inside.arguments)) for each in listed]
         else:
             named = _NAME.match(text, at)
             after = None if named is None else _literal(text, named.end(), self.after_name)
-            if named is None or after is None:
+            if named is None or after is None or named.group() not in schemas:
                 return None
-            value, end = json_at(text, _skip(text, after))
-            pairs = [(named.group(), value)]
-        made = [self._made(name, arguments) for name, arguments in pairs if isinstance(name, str) and name in names]
+            if self.tags is None or marks is None:
+                value, end = json_at(text, _skip(text, after))
+            else:
+                value, end = self.tags.read(marks, after, schemas[named.group()]) or (None, after)
+            said = [(named.group(), value)]
+        made = [self._made(name, arguments) for name, arguments in said if isinstance(name, str) and name in schemas]
         calls = [call for call in made if call is not None]
-        return (calls, end) if calls and len(calls) == len(pairs) else None
+        return (calls, end) if calls and len(calls) == len(said) else None
 
     def _made(self, name: str, arguments: Any) -> Call | None:
         if isinstance(arguments, str):
@@ -150,7 +163,7 @@ class Reading:
         if form is None or self._certain() == len(self._held) != 0:
             return self._held, []
         written = _written(completion, tokenizer, stop) if form.control else self._held
-        rest, calls = form.read(written, self._tools.names)
+        rest, calls = form.read(written, self._tools.parameters)
         if not calls:
             return self._held, []
         for token in tokenizer.control if form.control else ():
@@ -200,8 +213,8 @@ def _object(arguments: Any) -> str | None:
     if not isinstance(arguments, dict):
         return None
     try:
-        return json.dumps(arguments)
-    except RecursionError:
+        return json.dumps(arguments, allow_nan=False)  # 1e999 is JSON, and no number any more
+    except (ValueError, RecursionError):
         return None
 
 
@@ -239,6 +252,15 @@ def json_at(text: str, at: int) -> tuple[Any, int]:
 
 def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _may_begin(text: str, mark: str) -> int:
+    """Where `mark` stands in a text that goes on, or may come to stand; its length when nowhere yet."""
+    found = text.find(mark)
+    if found >= 0:
+        return found
+    longest = min(len(text), len(mark) - 1)
+    return len(text) - next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)
 
 
 def _literal(text: str, at: int, wanted: str) -> int | None:
