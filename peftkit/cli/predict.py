@@ -51,7 +51,8 @@ def predict(
     asked_for = resolve(TaskEvaluateSpec, overrides=settings or [])
     store = open_registry(registry)
     versions = [store.resolve(name) for name in adapters]
-    from peftkit.evaluation.tasks.registered import measured_as, predict_rows, task_of, write_predictions
+    from peftkit.evaluation.registered.recorded import measured_as
+    from peftkit.evaluation.tasks.registered import predict_rows, task_of, write_predictions
     from peftkit.tuning.attach import open_adapters
 
     asked = {"text": text, "pair": pair, "columns": tuple(columns.split(",")) if columns else None}

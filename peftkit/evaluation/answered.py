@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from peftkit.backbone.load import Backbone
 from peftkit.data.chat import prompt_for
-from peftkit.data.tasks.asked import AskedAudit, conversation
+from peftkit.data.tasks.asked import AskedRows, conversation
 from peftkit.data.tasks.task import Prediction, TaskRow
 from peftkit.evaluation.comparison import Comparison, Held, Measured
 from peftkit.evaluation.held_out import Contestant, measure
@@ -75,50 +75,75 @@ class AnsweredComparison:
 def compare_answered(
     base: Contestant,
     adapter: Contestant,
-    data: AskedAudit,
+    data: AskedRows,
     spec: TaskEvaluateSpec,
     backbone: Backbone,
     *,
+    train_rows: Sequence[TaskRow] = (),
+    first: AnsweredComparison | None = None,
     report: Report = silent,
 ) -> AnsweredComparison:
-    """Let base and adapter write every held-out text greedily, and measure how likely they find the wanted ones.
+    """Let base and adapter write every text greedily, and measure how likely they find the wanted ones.
 
-    The base writes the first `max_prompted_rows`: asked as in training, and with instructions or solved rows where the
-    settings have any.
+    The base writes the first `max_prompted_rows`: asked as in training, and with instructions or solved `train_rows`
+    where the settings have any. What `first` has of base and baselines on the same rows is taken from there.
     """
-    rows, text = measured_rows(data.held), load_text("general", backbone.tokenizer)
-    held = Held(data.held_out, data.rendering, text, "exact_match", "not shown")
+    text = first.likelihood.held.text if first is not None else load_text("general", backbone.tokenizer)
+    held = Held(data.asked, data.rendering, text, "exact_match", "not shown")
     settings = EvaluateSpec(batch_size=spec.batch_size, max_new_tokens=spec.max_new_tokens)
-    contestants: dict[str, list[Prediction]] = {}
-    if spec.baselines:
-        report(Phase("baselines"))
-        contestants |= baselines(data.task, data.head, data.train_rows, rows, seed=spec.seed)
     prompts = [prompt_for(row, backbone.tokenizer, held.rendering) for row in held.rows]
-    options: dict[str, Any] = {"report": report}
-    before = measure(base, held, settings, backbone, prompts=prompts[: spec.max_prompted_rows], **options)
-    contestants[BASE] = _written(before)
-    for name, shown in _prompted(data, spec, backbone, report):
-        again = measure(replace(base, name=name), held, settings, backbone, prompts=shown, likelihood=False, **options)
-        contestants[name] = _written(again)
-    after = measure(adapter, held, settings, backbone, prompts=prompts, **options)
-    contestants[ADAPTER] = _written(after)
+    if first is not None:
+        rivals, before = dict(first.scored.contestants), first.likelihood.base
+        del rivals[ADAPTER]
+    else:
+        rivals, before = _rivals(base, data, train_rows, prompts, held, settings, spec, backbone, report)
+    after = measure(adapter, held, settings, backbone, prompts=prompts, report=report)
     likelihood = Comparison(held, replace(before, scores=[]), replace(after, scores=[]), (), settings)
-    scored = TaskComparison(data.task, data.head, data.held, contestants, spec)
+    scored = TaskComparison(data.task, data.head, data.held, {**rivals, ADAPTER: _written(after)}, spec)
     return AnsweredComparison(scored, likelihood, data.instruction)
 
 
-def beside_base(
+def _rivals(
+    base: Contestant,
+    data: AskedRows,
+    train_rows: Sequence[TaskRow],
+    prompts: Sequence[list[int]],
+    held: Held,
+    settings: EvaluateSpec,
+    spec: TaskEvaluateSpec,
+    backbone: Backbone,
+    report: Report,
+) -> tuple[dict[str, list[Prediction]], Measured]:
+    """What the adapter is compared with: baselines, the base, the base with a better prompt; and the base's figures."""
+    found: dict[str, list[Prediction]] = {}
+    if spec.baselines:
+        report(Phase("baselines"))
+        found |= baselines(data.task, data.head, train_rows, measured_rows(data.held), seed=spec.seed)
+    options: dict[str, Any] = {"report": report}
+    before = measure(base, held, settings, backbone, prompts=prompts[: spec.max_prompted_rows], **options)
+    found[BASE] = _written(before)
+    for name, shown in _prompted(data, train_rows, spec, backbone, report):
+        again = measure(replace(base, name=name), held, settings, backbone, prompts=shown, likelihood=False, **options)
+        found[name] = _written(again)
+    return found, before
+
+
+def decoded(
     comparison: TaskComparison, base: Contestant, backbone: Backbone, *, report: Report = silent
-) -> TaskComparison:
-    """The comparison with what an encoder-decoder base decodes by itself for the first `max_prompted_rows`."""
+) -> list[Prediction]:
+    """What an encoder-decoder base decodes by itself for the first `max_prompted_rows` of a comparison."""
     spec, held = comparison.spec, comparison.held
     examples = held.examples[: spec.max_prompted_rows]
     with base.using() as model:
         given = predict(model, backbone, comparison.task, held.rows, examples, spec, report=report)
+    return [given[example.row] for example in examples]
+
+
+def beside_base(comparison: TaskComparison, given: list[Prediction]) -> TaskComparison:
+    """The comparison with what `decoded` gave beside its other rivals."""
     contestants = dict(comparison.contestants)
     own = contestants.pop(ADAPTER)
-    decoded = [given[example.row] for example in examples]
-    return replace(comparison, contestants={**contestants, BASE: decoded, ADAPTER: own})
+    return replace(comparison, contestants={**contestants, BASE: given, ADAPTER: own})
 
 
 def _written(found: Measured) -> list[Prediction]:
@@ -126,7 +151,7 @@ def _written(found: Measured) -> list[Prediction]:
 
 
 def _prompted(
-    data: AskedAudit, spec: TaskEvaluateSpec, backbone: Backbone, report: Report
+    data: AskedRows, train_rows: Sequence[TaskRow], spec: TaskEvaluateSpec, backbone: Backbone, report: Report
 ) -> list[tuple[str, list[list[int]]]]:
     """Prompts that give the base a better chance, under the name they are shown by; none where they are too long."""
     given = read_instructions(spec.instructions)
@@ -134,7 +159,7 @@ def _prompted(
         return []
     instruction = given or data.instruction
     rows: Sequence[TaskRow] = measured(data.held, data.held.rows)[: spec.max_prompted_rows]
-    shots = [conversation(row, instruction) for row in data.train_rows[: spec.shots]]
+    shots = [conversation(row, instruction) for row in train_rows[: spec.shots]]
     asked = [conversation(row, instruction) for row in rows]
     prompts = [prompt_for(row, backbone.tokenizer, data.rendering, shots=shots) for row in asked]
     name = f"{BASE} + {len(shots)} examples" if shots else f"{BASE} + instructions"

@@ -2,51 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from peftkit.backbone.load import Backbone
 from peftkit.data.chat import Example
-from peftkit.data.preference.audit import PreferenceAudit
 from peftkit.data.preference.example import PreferenceExample
 from peftkit.errors import DataError
+from peftkit.evaluation.held_out import Contestant
 from peftkit.evaluation.preference_comparison import PreferenceComparison, PreferenceMeasured
 from peftkit.evaluation.preference_spec import PreferenceEvaluateSpec
 from peftkit.evaluation.retention import load_text
 from peftkit.events import Phase, Report, silent
 from peftkit.generation.forward import autocast, row_nll
-from peftkit.tuning.tuned import Tuned
 
 
 def compare_preference(
-    tuned: Tuned, audit: PreferenceAudit, spec: PreferenceEvaluateSpec, report: Report = silent
+    base: Contestant,
+    adapter: Contestant,
+    examples: Sequence[PreferenceExample],
+    spec: PreferenceEvaluateSpec,
+    backbone: Backbone,
+    *,
+    first: PreferenceComparison | None = None,
+    report: Report = silent,
 ) -> PreferenceComparison:
-    """Measure the base and the adapter on the held-out answers and on general text."""
-    better, worse, paired = held_out_answers(audit.held_out.examples)
-    text = None
-    if spec.retention:
-        text = load_text(spec.retention, tuned.backbone.tokenizer, limit=spec.retention_passages)
+    """Measure base and adapter on the same answers and on general text; of `first` the base's figures are taken.
 
-    def measure(name: str, using: Callable[[], AbstractContextManager[Any]]) -> PreferenceMeasured:
-        backbone = tuned.backbone
-        report(Phase(f"measure {name}", None))
-        mode = tuned.model.training
-        with using() as model, autocast(backbone.device, backbone.placement.compute_dtype):
-            model.eval()
+    Raises DataError where there is nothing to rank.
+    """
+    better, worse, paired = held_out_answers(examples)
+    text = first.text if first is not None else None
+    if first is None and spec.retention:
+        text = load_text(spec.retention, backbone.tokenizer, limit=spec.retention_passages)
+    sides = better, worse, text.passages if text is not None else ()
+    before = first.base if first is not None else _measure(base, sides, spec, backbone, report)
+    return PreferenceComparison(better, worse, paired, text, before, _measure(adapter, sides, spec, backbone, report))
 
-            def nll(rows: Sequence[Any]) -> list[float]:
-                options: dict[str, Any] = {"pad_id": backbone.tokenizer.pad_id, "device": backbone.device}
-                return row_nll(model, rows, **options, batch_size=spec.batch_size)
 
-            general = nll(text.passages) if text is not None else []
-            found = PreferenceMeasured(name, -np.array(nll(better)), -np.array(nll(worse)), general)
-        tuned.model.train(mode)
-        return found
-
-    base, adapter = measure("base", tuned.as_base), measure("adapter", lambda: nullcontext(tuned.model))
-    return PreferenceComparison(better, worse, paired, text, base, adapter)
+def _measure(
+    contestant: Contestant,
+    sides: tuple[Sequence[Any], Sequence[Any], Sequence[Any]],
+    spec: PreferenceEvaluateSpec,
+    backbone: Backbone,
+    report: Report,
+) -> PreferenceMeasured:
+    """One contestant's log-likelihoods of the better answers, the worse ones, and general text."""
+    report(Phase(f"measure {contestant.name}", None))
+    options: dict[str, Any] = {"pad_id": backbone.tokenizer.pad_id, "device": backbone.device}
+    with contestant.using() as model, autocast(backbone.device, backbone.placement.compute_dtype):
+        mode = model.training
+        model.eval()
+        general, better, worse = (
+            row_nll(model, rows, **options, batch_size=spec.batch_size) for rows in (sides[2], *sides[:2])
+        )
+        model.train(mode)
+    return PreferenceMeasured(contestant.name, -np.array(better), -np.array(worse), general)
 
 
 def held_out_answers(examples: Sequence[PreferenceExample]) -> tuple[tuple[Example, ...], tuple[Example, ...], bool]:

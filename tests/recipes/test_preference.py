@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from peftkit import locations
-from peftkit.cli.main import main
 from peftkit.errors import ConfigError
 from peftkit.recipe import configure, execute, find, load
 from peftkit.registry.store import Registry
@@ -56,15 +55,6 @@ def test_a_recipe_runs_whole(name: str, settings: list[str]) -> None:
     assert SECRET not in manifest.model_dump_json()
     (run,) = list_runs(locations.runs_root().path)
     assert len(json.loads((run.path / "samples.json").read_text())) == 4
-
-
-def test_evaluating_pairs_says_what_can_be_measured(
-    settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    recipe = load(find("dpo"))
-    execute(recipe, configure(recipe, overrides=settings))
-    assert main(["eval", "dpo", "--data", str(tmp_path / "pairs.jsonl")]) == 1
-    assert "preferences are measured in the run alone" in capfd.readouterr().err
 
 
 def test_a_loss_needs_its_kind_of_rows(settings: list[str]) -> None:

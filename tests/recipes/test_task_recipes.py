@@ -141,7 +141,10 @@ def test_a_recipe_runs_whole(
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(records) == 6
     assert all("value" in record["predictions"]["task"] for record in records)
+    capfd.readouterr()
     assert main(["eval", "task", "--data", str(rows), "--json", "--set", "resamples=100"]) == 0, capfd.readouterr()
+    (figures,) = json.loads(capfd.readouterr().out).values()
+    assert ("baselines" in figures["other"]) == (name == "extractive_qa")  # the others learn from training rows
 
 
 def test_images_that_are_prepared_in_another_way_are_refused(

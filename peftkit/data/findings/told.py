@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ def heed(findings: Sequence[Finding], report: Report) -> None:
             report(Warned(f"{finding.text}: {_places(finding)}" if finding.examples else finding.text, finding.mend))
     if errors := stopping(findings):
         raise refusal(errors)
+
+
+def heed_measured(findings: Sequence[Finding], report: Report, mend: str) -> None:
+    """As `heed`, of rows that are measured alone; `mend` is what can be done about long ones there."""
+    other = {"too_long": mend, "left_out": "", "cut": ""}
+    heed([replace(finding, mend=other.get(finding.rule, finding.mend)) for finding in findings], report)
 
 
 def stopping(findings: Sequence[Finding]) -> tuple[Finding, ...]:

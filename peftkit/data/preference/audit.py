@@ -14,10 +14,10 @@ from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.encoded_key import digest_rows
 from peftkit.data.encoded_store import EncodedStore
 from peftkit.data.findings.finding import Finding, Seen, Tally
-from peftkit.data.findings.told import counts, heed, stopping, tell
+from peftkit.data.findings.told import counts, heed, heed_measured, stopping, tell
 from peftkit.data.formats import Row
 from peftkit.data.overlap import highest_overlap
-from peftkit.data.preference.encode import PreferenceEncoding, encode_preferences
+from peftkit.data.preference.encode import PreferenceEncoding, contrasted, encode_preferences
 from peftkit.data.preference.example import PreferenceExample, PreferencePart
 from peftkit.data.preference.rows import PreferenceRow, PreferenceSet, load_preferences
 from peftkit.data.preference.spec import PreferenceSpec
@@ -99,8 +99,8 @@ def inspect_preference(
     digests = (digest_rows(better), digest_rows(better_held)) if store is not None else ("", "")
     asked = partial(highest_overlap, better_held, better)
     examined = examine(better, better_held, tokenizer.control, None, asked, store, digests)
-    train = encode_preferences(*sides[0], "train", tokenizer, spec, length)
-    held = encode_preferences(*sides[1], "held_out", tokenizer, spec, length)
+    train = contrasted(encode_preferences(*sides[0], "train", tokenizer, spec, length), spec, length)
+    held = contrasted(encode_preferences(*sides[1], "held_out", tokenizer, spec, length), spec, length)
     tally, overlap = examined()
     for source in {id(source): source for _, source in sides}.values():
         _unreadable(source, tally)
@@ -117,6 +117,22 @@ def inspect_preference(
     result = PreferenceAudit(train.part, held.part, spec.rendering, overlap, lengths, findings)
     _report_counts(result, report)
     return result
+
+
+def encode_measured(
+    spec: PreferenceSpec, found: PreferenceSet, tokenizer: Tokenizer, limit: int | None, report: Report = silent
+) -> PreferencePart:
+    """Encode rows that are measured alone, as `audit_preference` does held-out rows.
+
+    Raises DataError with every row that cannot be used.
+    """
+    length = min(filter(None, (spec.max_length, limit)), default=None)
+    encoding = encode_preferences(found.rows, found, "held_out", tokenizer, spec, length)
+    tally = Tally(0, len(found.rows))
+    _unreadable(found, tally)
+    _losses(encoding, spec, length, tally)
+    heed_measured(tally.findings(spec.accept), report, "--too-long drop leaves them out")
+    return encoding.part
 
 
 def answer_lengths(examples: Sequence[PreferenceExample]) -> dict[str, float]:

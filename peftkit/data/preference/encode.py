@@ -46,13 +46,22 @@ def encode_preferences(
             too_long[found.where] = max(tokens, too_long.get(found.where, 0))
         else:
             examples.append(found)
-    if spec.kind == "labelled" and examples and not refused:
-        examples = mismatched(examples, spec.seed, length)
     dropped = tuple(too_long)
     part = PreferencePart(
         role, source.source, source.sha256, tuple(rows), tuple(examples), dropped, license=spec.license
     )
     return PreferenceEncoding(part, tuple(refused), tuple(too_long.items()))
+
+
+def contrasted(encoding: PreferenceEncoding, spec: PreferenceSpec, length: int | None) -> PreferenceEncoding:
+    """The same, labelled rows with an answer to another prompt each; as it is where rows were refused.
+
+    Raises DataError when all rows have one prompt.
+    """
+    part = encoding.part
+    if spec.kind != "labelled" or not part.examples or encoding.refused:
+        return encoding
+    return replace(encoding, part=replace(part, examples=tuple(mismatched(part.examples, spec.seed, length))))
 
 
 def _encoded(

@@ -5,7 +5,7 @@ A row becomes one question, the instruction and after a blank line the source, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +15,16 @@ from peftkit.base.tokenizer import Tokenizer
 # The same counts and findings, word for word, as the rows of supervised fine-tuning get.
 from peftkit.data.audit import Audit, losses, report_counts
 from peftkit.data.chat import encode_row
+from peftkit.data.findings.finding import Tally
 from peftkit.data.findings.kept import examine
 from peftkit.data.findings.lengths import check_all
-from peftkit.data.findings.told import heed
+from peftkit.data.findings.told import heed, heed_measured
 from peftkit.data.formats import Dataset, Row
 from peftkit.data.overlap import ngram_overlap
 from peftkit.data.part import Encoding, Part, Role, attempt
 from peftkit.data.spec import DataSpec
-from peftkit.data.tasks.languages import target_language
+from peftkit.data.tasks.heads import head_of
+from peftkit.data.tasks.languages import recorded_language, target_language
 from peftkit.data.tasks.read import TaskDataset
 from peftkit.data.tasks.sides import Sides, read_sides
 from peftkit.data.tasks.spec import TaskSpec
@@ -32,6 +34,20 @@ from peftkit.errors import BaseError, ConfigError, DataError
 from peftkit.events import Note, Report, Warned, silent
 
 SUMMARIZE = "Summarize the text in a few sentences."
+
+
+@dataclass(frozen=True)
+class AskedRows:
+    """Rows to measure on, as conversations and as the rows of the task that those were made of."""
+
+    task: TaskName
+    instruction: str
+    head: Head
+    """Of the task: no base is loaded with it."""
+    rendering: Rendering
+    asked: Part
+    held: TaskPart
+    """The rows of the task, with an example for each that was not left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +62,11 @@ class AskedAudit(Audit):
     held: TaskPart
     """The held-out rows, with an example for each that was not left out."""
 
+    @property
+    def measured(self) -> AskedRows:
+        """The held-out rows in both forms."""
+        return AskedRows(self.task, self.instruction, self.head, self.rendering, self.held_out, self.held)
+
     def record(self) -> dict[str, Any]:
         """What `audit.json` of a run holds."""
         return {**super().record(), "instruction": self.instruction}
@@ -58,12 +79,12 @@ def conversation(row: TaskRow, instruction: str) -> Row:
     return Row((asked, answer), None, None, {}, row.columns, row.where)
 
 
-def instruction_of(spec: TaskSpec, sides: Sides) -> tuple[str, str]:
-    """What is asked of the base before each source text, and why.
+def instruction_of(spec: TaskSpec, told: Mapping[str, str | None]) -> tuple[str, str]:
+    """What is asked of the base before each source text, and why; `told` are the languages that names of files tell.
 
-    Raises DataError where names say that not all targets are of one language.
+    Raises DataError where they say that not all targets are of one language.
     """
-    language = _one_language(spec, sides) if spec.task == "translation" else None
+    language = _one_language(told) if spec.task == "translation" else None
     if spec.instruction is not None:
         return spec.instruction, "data.instruction"
     if spec.task == "summarization":
@@ -71,6 +92,18 @@ def instruction_of(spec: TaskSpec, sides: Sides) -> tuple[str, str]:
     if language is not None:
         return f"Translate into {language}.", "by the name of the column or the file"
     return "Translate the text.", "no name says into which language"
+
+
+def instruction_later(spec: TaskSpec, recorded: str | None, source: str, data: TaskDataset) -> str:
+    """What is asked before the rows of a further file: what the run `recorded`, or what training would have found.
+
+    `spec` are the settings of training, whose names of files and columns are looked at again beside those of this file.
+    Raises DataError where they say that not all targets are of one language.
+    """
+    trained = [*spec.mixture, *filter(None, (spec.train, spec.held_out))]
+    told = {name: recorded_language(name, spec.label) for name in trained}
+    told[source] = target_language(source, data.label)
+    return instruction_of(spec if recorded is None else spec.model_copy(update={"instruction": recorded}), told)[0]
 
 
 def audit_asked(spec: TaskSpec, tokenizer: Tokenizer, limit: int | None, report: Report = silent) -> AskedAudit:
@@ -82,13 +115,38 @@ def audit_asked(spec: TaskSpec, tokenizer: Tokenizer, limit: int | None, report:
     """
     settings = _settings(spec, tokenizer)
     sides = read_sides(spec, report, None)
-    instruction, reason = instruction_of(spec, sides)
+    instruction, reason = instruction_of(spec, _told(spec, sides))
     report(Note(f"each row is asked as {instruction!r} ({reason}), a blank line and the text"))
     if spec.task == "translation" and spec.instruction is None and reason.startswith("no name"):
         report(Warned("the instruction names no language", "data.instruction='Translate into …'"))
     result = _inspect(spec, settings, sides, instruction, tokenizer, limit, report)
     heed(result.findings, report)
     return result
+
+
+def encode_asked(
+    spec: TaskSpec,
+    data: TaskDataset,
+    instruction: str,
+    tokenizer: Tokenizer,
+    limit: int | None,
+    report: Report = silent,
+) -> AskedRows:
+    """Make conversations of rows that are measured alone, and encode them as `audit_asked` does held-out rows.
+
+    Raises what it raises for rows that cannot be used.
+    """
+    settings = _settings(spec, tokenizer)
+    length = min(filter(None, (spec.max_length, limit)), default=None)
+    encoding = _encoded("held_out", data, data.rows, instruction, tokenizer, settings, length)
+    tally = Tally(0, len(data.rows))
+    losses(encoding, settings, length, tally)
+    mend = "--too-long truncate cuts their sources, --too-long drop leaves them out"
+    heed_measured(tally.findings(settings.accept), report, mend)
+    head = head_of(spec, data.rows)
+    return AskedRows(
+        spec.task, instruction, head, settings.rendering, encoding.part, _as_task(encoding.part, data.rows)
+    )
 
 
 def _settings(spec: TaskSpec, tokenizer: Tokenizer) -> DataSpec:
@@ -196,11 +254,16 @@ def _as_task(part: Part, rows: Sequence[TaskRow]) -> TaskPart:
     return TaskPart(part.role, part.source, part.sha256, tuple(rows), examples, part.dropped, part.truncated)
 
 
-def _one_language(spec: TaskSpec, sides: Sides) -> str | None:
-    """The language of all targets, None where no name tells it."""
+def _told(spec: TaskSpec, sides: Sides) -> dict[str, str | None]:
+    """The language of the targets by each file of a run, None where its name and its column do not tell it."""
     told = {name: target_language(name, sides.train_set.label) for name in spec.mixture or [spec.train or ""]}
     if spec.held_out is not None:
         told[spec.held_out] = target_language(spec.held_out, sides.held_set.label)
+    return told
+
+
+def _one_language(told: Mapping[str, str | None]) -> str | None:
+    """The language of all targets, None where no name tells it."""
     known = {name: language for name, language in told.items() if language is not None}
     if len(set(known.values())) > 1:
         listed = "".join(f"\n- {name}: {language}" for name, language in known.items())

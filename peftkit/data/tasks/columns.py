@@ -61,6 +61,11 @@ _ROLES: dict[TaskName, tuple[Role, ...]] = {
 }
 
 
+def has_pair(task: TaskName) -> bool:
+    """Whether rows of a task may have a second text."""
+    return any(role.setting == "pair" for role in _ROLES.get(task, ()))
+
+
 @dataclass(frozen=True)
 class Columns:
     """The names of a task's columns in a table."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from peftkit.data.readers import SUFFIXES
 from peftkit.data.tasks.parallel import halves
+
+_TABLES = tuple(suffix for suffix in SUFFIXES if suffix != ".txt")
 
 _NAMES = {
     "af": "Afrikaans", "ar": "Arabic", "az": "Azerbaijani", "be": "Belarusian", "bg": "Bulgarian", "bn": "Bengali",
@@ -46,3 +49,10 @@ def target_language(source: str, column: str | None) -> str | None:
     both = halves(source)
     words: Sequence[str] = Path(both[1]).name.split(".")[:0:-1] if both else [column or ""]
     return next(filter(None, map(language, words)), None)
+
+
+def recorded_language(source: str, column: str | None) -> str | None:
+    """As `target_language`, of a source as a manifest names it: of two files with their folders the second alone."""
+    found = target_language(source, column)
+    table = any(suffix in _TABLES for suffix in Path(source).suffixes)
+    return found if found is not None or "+" in source or table else target_language(f"+{source}", None)

@@ -13,6 +13,8 @@ from peftkit.data.tasks.task import Prediction, TaskName, TaskRow
 from peftkit.errors import DataError
 from peftkit.evaluation.tasks.learned import linear_on_pixels, linear_on_words
 
+LEARNED: tuple[TaskName, ...] = ("text_classification", "regression", "token_classification", "image_classification")
+"""Tasks whose baselines learn from training rows; those of the others need none."""
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)\]])\s+|(?<=[。！？])|\n+")
 _WORD = re.compile(r"\w+")
 
@@ -30,7 +32,7 @@ def baselines(
     With probabilities where it has any; `seed` is that of scikit-learn's solvers.
     Raises DataError where the baseline learns and there are no training rows.
     """
-    if task in ("text_classification", "regression", "token_classification", "image_classification") and not train_rows:
+    if task in LEARNED and not train_rows:
         raise DataError("the baselines have no training rows to learn from", expected="at least one row")
     if task == "regression":
         return {"mean": _mean(train_rows, rows), **linear_on_words(head, train_rows, rows, seed)}

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from peftkit.atomic import replace_file
 from peftkit.backbone.load import Backbone
 from peftkit.base.ref import longest_sequence, read_config
-from peftkit.config import Resolved
 from peftkit.data.tasks.encode import encode
 from peftkit.data.tasks.heads import check_rows
 from peftkit.data.tasks.pixels import Pixels, pixels_of, positions
 from peftkit.data.tasks.read import TaskDataset, read_rows
 from peftkit.data.tasks.spec import TaskSpec
 from peftkit.data.tasks.task import Prediction, TaskExample, TaskPart, TaskRow
-from peftkit.errors import ConfigError, DataError
+from peftkit.errors import DataError
+from peftkit.evaluation.answered import BASE, beside_base, decoded
+from peftkit.evaluation.held_out import Contestant
+from peftkit.evaluation.registered.recorded import check_same, kind_of, refuse_shots, task_settings, with_options
+from peftkit.evaluation.tasks.baselines import LEARNED
 from peftkit.evaluation.tasks.comparison import TaskComparison
 from peftkit.evaluation.tasks.held_out import compare_task, predict
 from peftkit.evaluation.tasks.spec import TaskEvaluateSpec
@@ -28,9 +30,7 @@ from peftkit.events import Note, Report, Warned, silent
 from peftkit.registry.store import Version
 from peftkit.tuning.attach import Attached, names_for
 
-_OF_ROWS = ("text", "pair", "label", "columns", "separator")
-_OF_SEQUENCES = ("task", "max_length", "too_long", "stride", "instruction", "multi_label")
-_OF_ANSWERS = ("metric", "threshold", "max_answer_tokens", "max_new_tokens")
+_OF_SEQUENCES = {"task", "max_length", "too_long", "stride", "instruction", "multi_label"}
 
 
 @dataclass(frozen=True)
@@ -67,51 +67,18 @@ def task_of(version: Version, **asked: Any) -> TaskSpec:
 
     Raises DataError for an adapter that was not trained for a task.
     """
-    config: Mapping[str, Any] = version.manifest.recipe.config if version.manifest.recipe else {}
-    groups = [group for group in config.values() if isinstance(group, Mapping) and "task" in group]
-    if not groups or "head" not in version.manifest.adapter:
+    if kind_of(version) != "head":
         raise DataError(
             f"{version.reference} was not trained for a task: it answers in words",
             expected="an adapter of a task's recipe, such as text_classification",
             hint=f"peftkit generate FILE --adapter {version.name}",
         )
-    known = {key: groups[0][key] for key in TaskSpec.model_fields if key in groups[0]}
-    rows = {key: value for key, value in asked.items() if value and key in _OF_ROWS}
-    if rows:  # columns of another file: those of training name nothing there
-        known = {key: value for key, value in known.items() if key not in _OF_ROWS}
-    try:
-        policy = {"too_long": asked["too_long"]} if asked.get("too_long") else {}
-        return TaskSpec.model_validate({**known, **rows, **policy, "augment": {}, "mixture": {}})
-    except ValidationError as error:
-        raise ConfigError([str(each["msg"]) for each in error.errors()], where=f"settings of {version.name}") from error
-
-
-def measured_as(version: Version, asked: Resolved[TaskEvaluateSpec]) -> TaskEvaluateSpec:
-    """The settings that were asked for, and else those that a version's own figures were taken with."""
-    config: Mapping[str, Any] = version.manifest.recipe.config if version.manifest.recipe else {}
-    recorded = config.get("evaluate")
-    given = recorded if isinstance(recorded, Mapping) else {}
-    asked_for = {key for key, source in asked.sources.items() if source != "default"}
-    kept = {key: given[key] for key in _OF_ANSWERS if given.get(key) is not None and key not in asked_for}
-    try:
-        return TaskEvaluateSpec.model_validate({**asked.config.model_dump(), **kept})
-    except ValidationError as error:
-        raise ConfigError([str(each["msg"]) for each in error.errors()], where=f"settings of {version.name}") from error
+    return task_settings(version, **asked)
 
 
 def check_alike(versions: Sequence[Version]) -> None:
     """Raise DataError for versions whose rows were read or cut in different ways: one encoding cannot serve them."""
-    first = task_of(versions[0])
-    for version in versions[1:]:
-        own = task_of(version)
-        differ = [name for name in _OF_SEQUENCES if getattr(own, name) != getattr(first, name)]
-        if differ:
-            said = "; ".join(f"data.{name}: {getattr(first, name)} and {getattr(own, name)}" for name in differ)
-            raise DataError(
-                f"{versions[0].reference} and {version.reference} were trained on rows made in different ways: {said}",
-                expected="adapters of one task whose sequences are made alike",
-                hint="call them one by one",
-            )
+    check_same(versions, [task_of(version).model_dump(include=_OF_SEQUENCES) for version in versions])
 
 
 def predict_rows(
@@ -138,23 +105,36 @@ def evaluate_tasks(
     host: Attached, versions: Sequence[Version], source: str, spec: TaskSpec, measure: TaskEvaluateSpec,
     *, report: Report = silent,
 ) -> list[TaskComparison]:  # fmt: skip
-    """Measure every attached version on rows with answers; baselines that learn have no training rows here."""
+    """Measure every attached version on rows with answers, beside the baselines that need no training rows.
+
+    An encoder-decoder base is measured too, once.
+    """
+    refuse_shots(measure.shots, "leave evaluate.shots out")
     check_alike(versions)
     backbone = host.backbone
     assert backbone.head is not None
-    data = read_rows(spec, source, report=report)
+    try:
+        data = read_rows(spec, source, report=report)
+    except DataError as error:
+        raise with_options(error) from None
     check_rows(backbone.head, data.rows, data.source, "the adapter's training rows")
     examples, lost, pixels = _encoded(data, backbone, spec, report, labelled=True)
     _check_pixels(pixels, versions)
     held = TaskPart("held_out", data.source, data.sha256, data.rows, examples, dropped=lost)
-    if measure.baselines:
+    if measure.baselines and spec.task in LEARNED:
         report(Note("baselines learn from training rows, and there are none here: the run that trained it has them"))
         measure = measure.model_copy(update={"baselines": False})
-    found = []
+    found: list[TaskComparison] = []
+    written: list[Prediction] | None = None
     for name in names_for(versions):
         with host.using(name) as model:
             options: dict[str, Any] = {"pixels": pixels, "report": report}
-            found.append(compare_task(model, backbone, spec.task, (), held, measure, **options))
+            comparison = compare_task(model, backbone, spec.task, (), held, measure, **options)
+        if backbone.head.kind == "seq2seq":
+            base = Contestant(BASE, partial(host.using, None))
+            written = decoded(comparison, base, backbone, report=report) if written is None else written
+            comparison = beside_base(comparison, written)
+        found.append(comparison)
     return found
 
 

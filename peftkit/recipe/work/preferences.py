@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from peftkit.data.preference.audit import PreferenceAudit, audit_preference
 from peftkit.data.preference.example import PreferenceExample
 from peftkit.data.preference.spec import PreferenceSpec
 from peftkit.errors import ConfigError
+from peftkit.evaluation.held_out import Contestant
 from peftkit.evaluation.preference import PreferenceComparison, PreferenceEvaluateSpec, compare_preference
 from peftkit.events import Note, Report, Table
 from peftkit.recipe.keeping import keep_json
@@ -75,21 +77,12 @@ class Preferences:
         self, place: Place, tuned: Tuned, data: PreferenceAudit, spec: PreferenceEvaluateSpec
     ) -> PreferenceComparison:
         """Which answers base and adapter prefer, and general text."""
-        return compare_preference(tuned, data, spec, place.report)
+        base, adapter = Contestant("base", tuned.as_base), Contestant("adapter", lambda: nullcontext(tuned.model))
+        return compare_preference(base, adapter, data.held_out.examples, spec, tuned.backbone, report=place.report)
 
     def tell(self, comparison: PreferenceComparison, report: Report) -> None:
         """The table, and whether the adapter ranks better than chance."""
-        report(Table("held-out preferences", comparison.COLUMNS, tuple(comparison.rows())))
-        found = comparison.accuracy
-        words = "more often than chance" if found.low > 0.5 else "not shown to do so more often than chance"
-        report(
-            Note(
-                f"the adapter prefers the better answer in {found.point:.0%} ({found.low:.0%}–{found.high:.0%}) of "
-                f"{found.n:,}: {words}"
-            )
-        )
-        if comparison.forgotten is not None and comparison.forgotten.low > 0:
-            report(Note(f"general text became less likely, by {comparison.forgotten.point:.3f} nats per token"))
+        report_preferences(comparison, report)
 
     def keep(self, comparison: PreferenceComparison, folder: RunFolder, report: Report) -> None:
         """The rewards of every row."""
@@ -98,6 +91,22 @@ class Preferences:
     def sources(self, comparison: PreferenceComparison) -> Sequence[dict[str, Any]]:
         """The text of retention."""
         return [comparison.text.record] if comparison.text is not None else []
+
+
+def report_preferences(comparison: PreferenceComparison, report: Report, name: str | None = None) -> None:
+    """Report a comparison the way every command shows it, under the adapter's name where there are several."""
+    title = f"held-out preferences{f', {name}' if name else ''}"
+    report(Table(title, comparison.COLUMNS, tuple(comparison.rows())))
+    found = comparison.accuracy
+    words = "more often than chance" if found.low > 0.5 else "not shown to do so more often than chance"
+    report(
+        Note(
+            f"the adapter prefers the better answer in {found.point:.0%} ({found.low:.0%}–{found.high:.0%}) of "
+            f"{found.n:,}: {words}"
+        )
+    )
+    if comparison.forgotten is not None and comparison.forgotten.low > 0:
+        report(Note(f"general text became less likely, by {comparison.forgotten.point:.3f} nats per token"))
 
 
 def _check_kind(data: PreferenceAudit, train: PreferenceTrainSpec) -> None:

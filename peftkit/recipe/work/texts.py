@@ -12,7 +12,7 @@ from peftkit.base.tokenizer import load_tokenizer
 from peftkit.data.tasks.asked import AskedAudit, audit_asked
 from peftkit.data.tasks.audit import TaskAudit
 from peftkit.data.tasks.spec import TaskSpec
-from peftkit.evaluation.answered import BASE, AnsweredComparison, beside_base, compare_answered
+from peftkit.evaluation.answered import BASE, AnsweredComparison, beside_base, compare_answered, decoded
 from peftkit.evaluation.held_out import Contestant
 from peftkit.evaluation.tasks.comparison import ADAPTER, TaskComparison
 from peftkit.evaluation.tasks.spec import TaskEvaluateSpec
@@ -53,24 +53,31 @@ class Texts(Tasks):
         """What the adapter writes beside what is trivial, and beside what the base writes without it."""
         base = Contestant(BASE, tuned.as_base)
         if not isinstance(data, AskedAudit):
-            return beside_base(super().compare(place, tuned, data, spec), base, tuned.backbone, report=place.report)
+            comparison = super().compare(place, tuned, data, spec)
+            return beside_base(comparison, decoded(comparison, base, tuned.backbone, report=place.report))
         adapter = Contestant(ADAPTER, lambda: contextlib.nullcontext(tuned.model))
-        return compare_answered(base, adapter, data, spec, tuned.backbone, report=place.report)
+        options: dict[str, Any] = {"train_rows": data.train_rows, "report": place.report}
+        return compare_answered(base, adapter, data.measured, spec, tuned.backbone, **options)
 
     def tell(self, comparison: TaskComparison | AnsweredComparison, report: Report) -> None:
         """The table and the verdict, and how likelihood changed."""
         if not isinstance(comparison, AnsweredComparison):
             super().tell(comparison, report)
-            return
-        report_task(comparison.scored, report)
-        likelihood = comparison.likelihood
-        for what, change in (("wanted", likelihood.learned), ("general", likelihood.forgotten)):
-            if change is not None:
-                shown = interval(change.point, change.low, change.high)
-                report(Note(f"NLL per token of {what} text, adapter − base: {shown} (95 %)"))
-        report(Note("the adapter ends {:,} of {:,} texts by itself".format(*comparison.stopped)))
+        else:
+            report_answered(comparison, report)
 
     def sources(self, comparison: TaskComparison | AnsweredComparison) -> Sequence[dict[str, Any]]:
         """The text of retention, where general text was measured."""
         text = comparison.likelihood.held.text if isinstance(comparison, AnsweredComparison) else None
         return [text.record] if text is not None else []
+
+
+def report_answered(comparison: AnsweredComparison, report: Report, name: str | None = None) -> None:
+    """Report what was written, under the adapter's name where there are several, and how likelihood changed."""
+    report_task(comparison.scored, report, name)
+    likelihood = comparison.likelihood
+    for what, change in (("wanted", likelihood.learned), ("general", likelihood.forgotten)):
+        if change is not None:
+            shown = interval(change.point, change.low, change.high)
+            report(Note(f"NLL per token of {what} text, adapter − base: {shown} (95 %)"))
+    report(Note("the adapter ends {:,} of {:,} texts by itself".format(*comparison.stopped)))

@@ -14,8 +14,9 @@ import pytest
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.data.audit import DataSpec, audit
 from peftkit.data.chat import IGNORED, prompt_for
-from peftkit.data.tasks.asked import SUMMARIZE, AskedAudit, audit_asked
-from peftkit.data.tasks.languages import language, target_language
+from peftkit.data.tasks.asked import SUMMARIZE, AskedAudit, audit_asked, instruction_later
+from peftkit.data.tasks.languages import language, recorded_language, target_language
+from peftkit.data.tasks.read import read_rows
 from peftkit.data.tasks.spec import TaskSpec
 from peftkit.errors import BaseError, ConfigError, DataError, PeftkitError
 from peftkit.events import Warned
@@ -129,6 +130,50 @@ def test_the_folder_and_the_stem_of_a_file_tell_nothing(tmp_path: Path) -> None:
     for name in ("de/a.txt", "de/de.txt"):
         (tmp_path / name).write_text("x\n")
     assert target_language(f"{tmp_path}/de/a.txt+{tmp_path}/de/de.txt", None) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "column", "wanted"),
+    [
+        ("train.de", None, "German"),  # of two files with their folders a manifest keeps the second's name alone
+        ("train.de.gz", None, "German"),
+        ("train.en+train.fr", None, "French"),
+        ("pairs.csv", "de", "German"),
+        ("pairs.en.csv", None, None),
+        ("owner/set:train", "fr", "French"),
+        ("train.txt", None, None),
+    ],
+)
+def test_the_language_of_what_a_manifest_names(source: str, column: str | None, wanted: str | None) -> None:
+    assert recorded_language(source, column) == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "columns", "wanted"),
+    [
+        ({"train": "train.de"}, ("source", "target"), "Translate into German."),
+        ({"train": "pairs.csv", "label": "de"}, ("source", "target"), "Translate into German."),
+        ({"train": "pairs.csv"}, ("en", "de"), "Translate into German."),
+        ({"train": "pairs.csv"}, ("source", "target"), "Translate the text."),
+        ({"mixture": {"a.en+a.fr": 1.0, "b.csv": 2.0}}, ("source", "target"), "Translate into French."),
+        ({"train": "train.de", "instruction": "Auf Deutsch:"}, ("source", "target"), "Auf Deutsch:"),
+        ({"task": "summarization", "train": "a.jsonl"}, ("document", "summary"), SUMMARIZE),
+    ],
+)
+def test_what_is_asked_of_rows_that_come_later(
+    settings: dict[str, Any], columns: tuple[str, str], wanted: str, save: Save
+) -> None:
+    spec, source = TaskSpec.model_validate({"task": "translation", **settings}), save("new.jsonl", pairs(2, *columns))
+    data = read_rows(spec.model_copy(update={"label": None}), source)
+    assert instruction_later(spec, None, source, data) == wanted
+    assert instruction_later(spec, "Say it.", source, data) == "Say it."
+
+
+def test_rows_that_come_later_in_another_language_are_refused(save: Save) -> None:
+    source = save("new.jsonl", pairs(2, "en", "fr"))
+    spec = TaskSpec(task="translation", train="train.de")
+    with pytest.raises(DataError, match=r"(?s)several languages.*train\.de: German.*new\.jsonl: French"):
+        instruction_later(spec, "Translate into German.", source, read_rows(spec, source))
 
 
 def test_a_cut_row_keeps_its_answer_and_as_much_of_its_source_as_there_is_room(causal: Tokenizer, save: Save) -> None:
