@@ -192,16 +192,40 @@ def test_logprobs_of_a_stream_stand_beside_the_text_of_their_tokens(server: Serv
     told = [choice for choice in (chunk.choices[0] for chunk in chat) if choice.logprobs]
     assert len(told) > 2
     for choice in told[:-1]:  # the last one may have what no text was certain for
-        assert (
-            b"".join(bytes(each.bytes) for each in choice.logprobs.content).decode(errors="replace")
-            == choice.delta.content
-        )
-    asked = {"model": "sql", "prompt": list(chat_ids(server)), **greedy(logprobs=2)}
-    whole = client.completions.create(**asked).choices[0].logprobs  # type: ignore[call-overload]
-    chunks = [chunk.choices[0].logprobs for chunk in client.completions.create(**asked, stream=True)]  # type: ignore[call-overload]
-    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-        assert len(getattr(whole, name)) == NEW
-        assert [each for given in chunks if given for each in getattr(given, name)] == getattr(whole, name), name
+        spelled = b"".join(bytes(each.bytes) for each in choice.logprobs.content)
+        assert spelled.decode(errors="replace") == choice.delta.content
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"max_tokens": 1},
+        {"max_tokens": 5},
+        {"stop": "{5}{6}"},
+        {"stop": "{6}\u2603"},
+        {"stop": ["{7}", "{6}{8}"]},
+        {"n": 3, "temperature": 2, "seed": 7},
+    ],
+    ids=str,
+)
+def test_a_stream_has_the_logprobs_of_the_whole_answer(
+    server: Server, oracle: Oracle, client: openai.OpenAI, more: dict[str, Any]
+) -> None:
+    text = text_of(server, oracle, "sql", chat_ids(server))
+    if stop := more.get("stop"):
+        stops = [each.format(*text) for each in ([stop] if isinstance(stop, str) else stop)]
+        more = {**more, "stop": stops}
+    asked = {"model": "sql", "prompt": list(chat_ids(server)), **greedy(logprobs=2), **more}
+    streamed: dict[int, list[Any]] = {}
+    for chunk in client.completions.create(**asked, stream=True):  # type: ignore[call-overload]
+        streamed.setdefault(chunk.choices[0].index, []).append(chunk.choices[0].logprobs)
+    for whole in client.completions.create(**asked).choices:  # type: ignore[call-overload]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            joined = [each for given in streamed[whole.index] if given for each in getattr(given, name)]
+            assert joined == getattr(whole.logprobs, name), name
+        shown = zip(whole.logprobs.tokens, whole.logprobs.text_offset, strict=True)
+        assert all(whole.text[at : at + 1] in (token, "") for token, at in shown if not token.startswith("bytes:"))
 
 
 def test_answers_follow_a_schema(client: openai.OpenAI) -> None:

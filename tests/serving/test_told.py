@@ -32,13 +32,12 @@ from peftkit.serving.openai.tokens import token_bytes, token_text
 from peftkit.serving.openai.told import (
     Choice,
     Head,
+    Teller,
     call_deltas,
     chat_choice,
     chat_delta,
-    chat_end,
     text_choice,
     text_delta,
-    text_end,
     usage,
 )
 
@@ -105,7 +104,7 @@ def test_chunks_are_of_the_clients_types(tokenizer: Tokenizer) -> None:
         head.chunk(chat_delta(0, {"role": "assistant", "content": ""})),
         head.chunk(chat_delta(0, {"content": "ñ"})),
         head.chunk(chat_delta(0, call_deltas(CALLS))),
-        head.chunk(chat_end(0, choice, tokenizer)),
+        head.chunk(Teller(0, tokenizer, chat=True).end(choice)),
         head.chunk(usage=usage(1, 2)),
     )
     found = [strictly(ChatCompletionChunk, each) for each in given]
@@ -114,7 +113,7 @@ def test_chunks_are_of_the_clients_types(tokenizer: Tokenizer) -> None:
     assert found[3].choices[0].finish_reason == "tool_calls"
     assert found[4].choices == []
     head = Head.of("tickets@1", "ab", chat=False)
-    piece, last = events(head.chunk(text_delta(1, "x")), head.chunk(text_end(1, choice, tokenizer)))
+    piece, last = events(head.chunk(text_delta(1, "x")), head.chunk(Teller(1, tokenizer, chat=False).end(choice)))
     assert piece["choices"][0].pop("finish_reason") is None  # which the client's type has only for whole ones
     piece["choices"][0]["finish_reason"] = "stop"
     assert strictly(TextCompletion, piece).choices[0].text == "x"

@@ -156,7 +156,10 @@ def test_every_version_answers_for_itself_as_our_own_engine_words_it(vllm: Vllm,
     async def ask(version: Version | None) -> None:
         expected = vllm.answer(version)
         answer = await engine.begin(version, Request(PROMPT, max_new_tokens=64, logprobs=2))
-        pieces = [piece async for piece in answer.pieces()]
+        pieces: list[str] = []
+        async for piece in answer.pieces():
+            pieces.append(piece)
+            assert text([each.token for each in answer.scored]) == "".join(pieces)
         whole = await answer.whole()
         assert (answer.prompt_tokens, answer.reference) == (3, version.reference if version else None)
         assert "".join(pieces) == whole.text == text(expected)
@@ -337,7 +340,7 @@ def test_a_version_that_vllm_does_not_load_in_time_is_refused(own: Vllm, monkeyp
         engine = await own.start()
         monkeypatch.setattr(client, "_LOAD_SECONDS", 0.1)
         slow = own.wish("slow")
-        with pytest.raises(TuningError, match=r"(?s)has not answered /v1/load_lora_adapter within 0\.1 seconds"):
+        with pytest.raises(EngineGone, match=r"(?s)has not answered /v1/load_lora_adapter within 0\.1 seconds"):
             await engine.prepare(version)
         slow.unlink()
         await engine.close(5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from peftkit.data.findings.finding import Finding
@@ -89,7 +88,7 @@ def _counted(part: PartOf[Any, Any]) -> tuple[Any, ...]:
 
 
 def _first(finding: Finding) -> str | None:
-    return Path(finding.examples[0].where).name if finding.examples else None
+    return finding.examples[0].where if finding.examples else None
 
 
 def _places(finding: Finding) -> str:

@@ -119,7 +119,8 @@ def inspect_task(
         gathered.append(encoded)
     overlap = _overlap(sides.held_out, sides.written)
     found = (*tally.findings(spec.accept), *unseen(gathered, sum(len(part.rows) for part in parts)))
-    findings = (*found, *far(sides.train)) if sides.head.problem == "regression" else found
+    new_number = head is None and sides.head.problem == "regression"  # a head that is continued has learned its own
+    findings = (*found, *far(sides.train)) if new_number and sides.train else found
     result = TaskAudit(sides.head, parts[0], parts[1], overlap, findings)
     _report_counts(result, report)
     return result

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean, pstdev
+
+import numpy as np
 
 from peftkit.base.head import Head
 from peftkit.data.findings import private, text
@@ -134,10 +136,13 @@ def unseen(parts: Sequence[Encoded], rows: int) -> tuple[Finding, ...]:
 
 def far(rows: Sequence[TaskRow]) -> tuple[Finding, ...]:
     """The finding of numbers that a regression begins far away from, where they are."""
-    numbers = [float(row.target) for row in rows]
-    mean, deviation = fmean(numbers), pstdev(numbers)
+    numbers = np.array([row.target for row in rows], dtype=np.float64)
+    largest = float(np.abs(numbers).max()) or 1.0  # so that the squares of no number overflow
+    mean, deviation = largest * float((numbers / largest).mean()), largest * float((numbers / largest).std())
     if abs(mean) <= _FAR and 1 / _FAR <= deviation <= _FAR:
         return ()
-    said = f"the numbers are {mean:.4g} ± {deviation:.4g}, are learned as they are, and a head begins at 0 ± 1"
-    mend = f"train on (number - {mean:.4g}) / {deviation:.4g}, and turn what is predicted back"
+    center = f"{round(mean, 2 - math.floor(math.log10(deviation))):.15g}" if deviation else f"{mean:g}"
+    said = f"the numbers are {center} ± {deviation:.3g}, are learned as they are, and a head begins at 0 ± 1"
+    formula = f"(number - {center}) / {deviation:.3g}" if deviation else "numbers around 0 that differ by about 1"
+    mend = f"train on {formula}, and turn what is predicted back"
     return (Finding("far_numbers", "warning", len(numbers), 1.0, (), said, mend),)

@@ -28,24 +28,23 @@ from peftkit.serving.openai.failures import Refused, about, answer_for, failure_
 from peftkit.serving.openai.flight import Deadline, Ended, Flight, Left, OnWay, Piece, begin, unless_left
 from peftkit.serving.openai.told import (
     DONE,
-    Choice,
     Head,
+    Teller,
     call_deltas,
     chat_choice,
     chat_delta,
-    chat_end,
-    chat_logprobs,
     event,
     text_choice,
     text_delta,
-    text_end,
-    text_logprobs,
     usage,
 )
 from peftkit.serving.openai.turns import Tools
 from peftkit.serving.spec import ServeSpec
 
 A = TypeVar("A", bound=Asked)
+T = TypeVar("T")
+_AT_ONCE = 64
+"""Tokens with log-probabilities that take less time than a thread's turn does when others wait for one."""
 _LEFT = 499  # nginx's, for logs: nobody reads it
 _NO_TOOLS = Tools()
 # A proxy that collects a response before it passes it on makes a stream none.
@@ -212,7 +211,11 @@ class _Api:
     async def _whole(self, asked: Asked, flight: Flight) -> dict[str, Any]:
         choices = {item.index: item.choice async for item in flight.news() if isinstance(item, Ended)}
         write = chat_choice if isinstance(asked, Chat) else text_choice
-        written = [await self._written(write, at, choices[at]) for at in sorted(choices)]
+        tokenizer = self._host.engine.tokenizer
+        written = [
+            await _written(partial(write, at, choices[at], tokenizer), len(choices[at].scores or ()))
+            for at in sorted(choices)
+        ]
         return self._head(asked, flight).whole(written, usage(flight.prompt_tokens, flight.tokens))
 
     async def _events(self, asked: Asked, flight: Flight) -> AsyncIterator[bytes]:
@@ -226,42 +229,26 @@ class _Api:
                 raise
 
     async def _chunks(self, asked: Asked, flight: Flight) -> AsyncIterator[bytes]:
-        head = self._head(asked, flight)
+        head, tokenizer = self._head(asked, flight), self._host.engine.tokenizer
+        tellers = {each.index: Teller(each.index, tokenizer, chat=head.chat) for each in flight.answers}
         for each in flight.answers:
             if head.chat:
                 yield head.chunk(chat_delta(each.index, {"role": "assistant", "content": ""}))
             elif each.before:
                 yield head.chunk(text_delta(each.index, each.before))
         async for item in flight.news():
+            teller = tellers[item.index]
             if isinstance(item, Piece):
-                yield head.chunk(await self._piece(head, item))
+                yield head.chunk(await _written(partial(teller.piece, item.text, item.scores), len(item.scores)))
                 continue
             if item.rest:
-                yield head.chunk(await self._piece(head, Piece(item.index, item.rest)))
+                yield head.chunk(teller.piece(item.rest))
             if item.choice.calls:
                 yield head.chunk(chat_delta(item.index, call_deltas(item.choice.calls)))
-            yield head.chunk(await self._written(chat_end if head.chat else text_end, item.index, item.choice))
+            yield head.chunk(await _written(partial(teller.end, item.choice), len(item.choice.untold or ())))
         if asked.usage:
             yield head.chunk(usage=usage(flight.prompt_tokens, flight.tokens))
         yield DONE
-
-    async def _piece(self, head: Head, piece: Piece) -> dict[str, Any]:
-        write = self._chat_piece if head.chat else self._text_piece
-        return await asyncio.to_thread(write, piece) if piece.scores else write(piece)
-
-    def _chat_piece(self, piece: Piece) -> dict[str, Any]:
-        logprobs = chat_logprobs(piece.scores or None, self._host.engine.tokenizer)
-        return chat_delta(piece.index, {"content": piece.text}, logprobs)
-
-    def _text_piece(self, piece: Piece) -> dict[str, Any]:
-        logprobs = text_logprobs(piece.scores or None, self._host.engine.tokenizer, piece.at)
-        return text_delta(piece.index, piece.text, logprobs)
-
-    async def _written(self, write: Callable[..., dict[str, Any]], index: int, choice: Choice) -> dict[str, Any]:
-        tokenizer = self._host.engine.tokenizer
-        if choice.logprobs:  # up to 86,016 tokens to decode, which would hold up everybody else
-            return await asyncio.to_thread(write, index, choice, tokenizer)
-        return write(index, choice, tokenizer)
 
     def _head(self, asked: Asked, flight: Flight) -> Head:
         model = flight.reference or self._host.base
@@ -280,6 +267,11 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._flight.end("cancelled")
+
+
+async def _written(write: Callable[[], T], scores: int) -> T:
+    """What `write` gives; apart from the event loop where it decodes many tokens, up to 86,016 in an answer."""
+    return await asyncio.to_thread(write) if scores > _AT_ONCE else write()
 
 
 def _is_reference(model: str) -> bool:

@@ -84,9 +84,8 @@ class Piece:
     index: int
     text: str
     scores: Sequence[Logprob] = ()
-    """Log-probabilities of its tokens, where they were asked for."""
-    at: int = 0
-    """The characters before it."""
+    """Log-probabilities of the tokens that came with it, where they were asked for: text that may be the beginning of a
+    call comes later than they do."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +147,14 @@ class Flight:
         self._watch.ended(finish, self.prompt_tokens, self.tokens)
 
     async def _follow(self, each: OnWay, queue: asyncio.Queue[Piece | Ended | Exception]) -> None:
-        given, told, at = [], 0, 0
+        given, told = [], 0
         try:
             async for piece in each.answer.pieces():
                 if text := each.reading.add(piece):
                     scores = each.answer.scored[told:]
-                    queue.put_nowait(Piece(each.index, text, scores, at))
+                    queue.put_nowait(Piece(each.index, text, scores))
                     given.append(text)
-                    told, at = told + len(scores), at + len(text)
+                    told += len(scores)
             completion = await each.answer.whole()
             self._count(len(completion.ids))
             if self._over:
@@ -163,7 +162,7 @@ class Flight:
             if completion.finish == "cancelled":  # by nobody here: whoever does so no longer listens
                 raise Draining("the server shut down before the answer was whole")
             rest, calls = each.reading.finish(completion, self._tokenizer, each.stop)
-            choice = Choice(completion, "".join([*given, rest]), calls, each.logprobs, each.before, told, at)
+            choice = Choice(completion, "".join([*given, rest]), calls, each.logprobs, each.before, told)
             queue.put_nowait(Ended(each.index, rest, choice))
         except Exception as error:
             queue.put_nowait(error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from codecs import getincrementaldecoder
+from collections.abc import Iterable
 from functools import lru_cache
 
 from peftkit.base.tokenizer import Tokenizer
@@ -34,6 +36,29 @@ def token_bytes(token: int, tokenizer: Tokenizer) -> bytes | None:
     if all(character in _BYTES for character in piece):
         return bytes(_BYTES[character] for character in piece)
     return None
+
+
+class Offsets:
+    """Where the tokens of one answer begin in its text, in characters, told piece by piece.
+
+    Tokens that are one character together all begin with it, and a control token takes no room.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._at = tokenizer, 0
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+
+    def next(self, tokens: Iterable[int]) -> list[int]:
+        """Those of the next tokens."""
+        offsets = []
+        for token in tokens:
+            text, spelled = token_text(token, self._tokenizer), token_bytes(token, self._tokenizer)
+            if spelled and spelled[0] & 0xC0 != 0x80:  # the character before it ends, whole or not
+                self._at += len(self._decoder.decode(b"", final=True))
+            offsets.append(self._at)
+            if text not in self._tokenizer.control:
+                self._at += len(text if spelled is None else self._decoder.decode(spelled))
+        return offsets
 
 
 def _alphabet() -> dict[str, int]:

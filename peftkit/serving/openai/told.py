@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from codecs import getincrementaldecoder
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.generation.requests import Completion, Logprob
 from peftkit.serving.openai.calls import Call
-from peftkit.serving.openai.tokens import token_bytes, token_text
+from peftkit.serving.openai.tokens import Offsets, token_bytes, token_text
 
 _LEAST = -9999.0  # OpenAI's for what is next to impossible; JSON has no infinity
 
@@ -34,8 +33,6 @@ class Choice:
     """The prompt, where the answer repeats it."""
     told: int = 0
     """Of how many tokens the log-probabilities stood in its pieces."""
-    at: int = 0
-    """How many characters these tokens are."""
 
     @property
     def scores(self) -> Sequence[Logprob] | None:
@@ -119,15 +116,9 @@ def call_deltas(calls: Sequence[Call]) -> dict[str, Any]:
     return {"tool_calls": [{"index": at, **_call(call)} for at, call in enumerate(calls)]}
 
 
-def chat_end(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The last chunk of an answer in a conversation, with the log-probabilities that no piece had."""
-    logprobs = chat_logprobs(choice.untold, tokenizer)
-    return {"index": index, "delta": {}, "logprobs": logprobs, "finish_reason": choice.finish}
-
-
 def text_choice(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
     """A whole text."""
-    logprobs = text_logprobs(choice.scores, tokenizer)
+    logprobs = text_logprobs(choice.scores, tokenizer, Offsets(tokenizer))
     return {
         "index": index,
         "text": choice.before + choice.content,
@@ -141,10 +132,26 @@ def text_delta(index: int, piece: str, logprobs: Mapping[str, Any] | None = None
     return {"index": index, "text": piece, "logprobs": logprobs, "finish_reason": None}
 
 
-def text_end(index: int, choice: Choice, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The last chunk of a text, with the log-probabilities that no piece had."""
-    logprobs = text_logprobs(choice.untold, tokenizer, choice.at)
-    return {"index": index, "text": "", "logprobs": logprobs, "finish_reason": choice.finish}
+class Teller:
+    """Writes the chunks of one answer that is streamed, in their order."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, *, chat: bool) -> None:
+        self._index, self._tokenizer, self._chat = index, tokenizer, chat
+        self._offsets = Offsets(tokenizer)
+
+    def piece(self, text: str, scores: Sequence[Logprob] = ()) -> dict[str, Any]:
+        """A piece of the text, with the log-probabilities of tokens that came with it."""
+        if self._chat:
+            return chat_delta(self._index, {"content": text}, chat_logprobs(scores or None, self._tokenizer))
+        return text_delta(self._index, text, text_logprobs(scores or None, self._tokenizer, self._offsets))
+
+    def end(self, choice: Choice) -> dict[str, Any]:
+        """The last chunk, with the log-probabilities that no piece had."""
+        if self._chat:
+            last = chat_delta(self._index, {}, chat_logprobs(choice.untold, self._tokenizer))
+        else:
+            last = text_delta(self._index, "", text_logprobs(choice.untold, self._tokenizer, self._offsets))
+        return {**last, "finish_reason": choice.finish}
 
 
 def chat_logprobs(scores: Sequence[Logprob] | None, tokenizer: Tokenizer) -> dict[str, Any] | None:
@@ -161,27 +168,16 @@ def chat_logprobs(scores: Sequence[Logprob] | None, tokenizer: Tokenizer) -> dic
     return {"content": content, "refusal": None}
 
 
-def text_logprobs(scores: Sequence[Logprob] | None, tokenizer: Tokenizer, at: int = 0) -> dict[str, Any] | None:
-    """The older form: lists, and where each token begins in the text, the first one at `at`. A prompt that is repeated
-    has none."""
+def text_logprobs(scores: Sequence[Logprob] | None, tokenizer: Tokenizer, offsets: Offsets) -> dict[str, Any] | None:
+    """The older form: lists, and where each token begins in the text. A prompt that is repeated has none."""
     if scores is None:
         return None
     return {
         "tokens": [_spelled(each.token, tokenizer) for each in scores],
         "token_logprobs": [_finite(each.value) for each in scores],
         "top_logprobs": [{_spelled(token, tokenizer): _finite(value) for token, value in each.top} for each in scores],
-        "text_offset": _offsets([each.token for each in scores], tokenizer, at),
+        "text_offset": offsets.next(each.token for each in scores),
     }
-
-
-def _offsets(tokens: Sequence[int], tokenizer: Tokenizer, at: int) -> list[int]:
-    """Where each token begins, in characters; tokens that are one character together all begin with it."""
-    offsets, decoder = [], getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        offsets.append(at)
-        spelled = token_bytes(token, tokenizer)
-        at += len(token_text(token, tokenizer) if spelled is None else decoder.decode(spelled))
-    return offsets
 
 
 def _call(call: Call) -> dict[str, Any]:

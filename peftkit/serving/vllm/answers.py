@@ -80,7 +80,7 @@ class VllmAnswer:
             if self._pieces:
                 piece, told = "".join(text for text, _ in self._pieces), self._pieces[-1][1]
                 self._pieces.clear()
-                self.scored = self._logprobs[:told]
+                self.scored += self._logprobs[len(self.scored) : told]
                 yield piece
             elif over:
                 break

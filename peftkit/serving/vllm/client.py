@@ -20,6 +20,7 @@ _SECONDS = 10.0
 _BUSY = re.compile(r"^vllm:num_requests_(running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
 
 
+RESTART = "start the server again; `-- --max-model-len` and `-- --gpu-memory-utilization` say how much vLLM takes"
 _LOAD_SECONDS = 120.0
 """For an adapter that goes into vLLM or out of it: it reads the files, and waits for those before."""
 
@@ -95,14 +96,18 @@ class Client:
 
     def _check_open(self) -> None:
         if self._http.is_closed:
-            raise EngineGone("vLLM has been ended", expected="a request before that")
+            raise EngineGone("vLLM has been ended", expected="a request before that", hint=RESTART)
 
     async def _asked(self, method: str, path: str, body: Any = None, timeout: float = _SECONDS) -> Any:
         self._check_open()
         try:
             response = await self._http.request(method, path, json=body, timeout=timeout)
         except httpx2.TimeoutException as error:
-            raise GenerationError(f"vLLM has not answered {path} within {timeout:g} seconds") from error
+            raise EngineGone(
+                f"vLLM has not answered {path} within {timeout:g} seconds",
+                expected="an engine that is well, which /health says",
+                hint=f"ask again later, or {RESTART}",
+            ) from error
         except httpx2.TransportError as error:
             raise unreachable(error) from error
         if response.status_code != 200:
@@ -139,7 +144,8 @@ def refused(status: int, content: bytes) -> PeftkitError:
 
 def unreachable(error: Exception) -> EngineGone:
     """What a lost connection means."""
-    return EngineGone(f"vLLM cannot be reached: {type(error).__name__}", expected="a running vLLM")
+    fact = f"vLLM cannot be reached: {type(error).__name__}"
+    return EngineGone(fact, expected="a running vLLM", hint=f"/health says how it is; when it has ended, {RESTART}")
 
 
 def _named(status: int, said: str) -> PeftkitError:

@@ -26,7 +26,7 @@ from peftkit.release.export.vllm import allowed_rank
 from peftkit.serving.answering import Load
 from peftkit.serving.vllm.answers import VllmAnswer, asked
 from peftkit.serving.vllm.arguments import BASE
-from peftkit.serving.vllm.client import Client
+from peftkit.serving.vllm.client import RESTART, Client
 from peftkit.serving.vllm.exported import Exported, export_version
 from peftkit.serving.vllm.process import Process
 
@@ -35,7 +35,6 @@ _LOOKS = 1.0
 _LINGER = 10.0
 """Seconds before the files of an unloaded version go: vLLM hears of a closed connection a moment later, may begin with
 its request until then, and would read an adapter that it had evicted once more."""
-RESTART = "start the server again; `-- --max-model-len` and `-- --gpu-memory-utilization` say how much vLLM takes"
 _MOST_LOGPROBS = 20
 """vLLM's --max-logprobs."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -281,17 +283,37 @@ def test_words_without_tokens_are_found(write: Write, encoder: Tokenizer) -> Non
 
 @pytest.mark.parametrize(
     ("numbers", "told"),
-    [((1, 3, 5), False), ((-9, 9), False), ((100, 104), True), ((1e6, 2e6), True), ((0.01, 0.02), True)],
+    [
+        ((1, 3, 5), False),
+        ((-9, 9), False),
+        ((100, 104), True),
+        ((1e6, 2e6), True),
+        ((0.01, 0.02), True),
+        ((1_234_564, 1_234_570), True),
+        ((-1e308, 1e308, 5e307), True),
+    ],
 )
 def test_numbers_far_from_where_a_head_begins_are_told(
     write: Write, encoder: Tokenizer, numbers: tuple[float, ...], told: bool
 ) -> None:
     path = write("r.jsonl", table(*((f"t{at}", number) for at, number in enumerate(numbers))))
-    found = run(encoder, task="regression", train=path, held_out=write("h.jsonl", table(("u", numbers[0]))))
+    held = write("h.jsonl", table(("u", numbers[0])))
+    found = run(encoder, task="regression", train=path, held_out=held)
     assert ("far_numbers" in rules(found)) == told
-    if numbers == (100, 104):
-        assert found.findings[-1].text.startswith("the numbers are 102 ± 2,")
-        assert "(number - 102) / 2" in (found.findings[-1].mend or "")
+    assert "far_numbers" not in rules(run(encoder, task="regression", train=path, held_out=held, head=found.head))
+    if not told:
+        return
+    center, deviation = re.findall(r"\(number - (\S+)\) / (\S+),", found.findings[-1].mend or "")[0]
+    scaled = (np.array(numbers) - float(center)) / float(deviation)
+    assert abs(scaled.mean()) < 0.01
+    assert scaled.std() == pytest.approx(1, rel=0.01)
+
+
+def test_numbers_that_differ_by_next_to_nothing_have_no_formula(write: Write, encoder: Tokenizer) -> None:
+    path, held = write("r.jsonl", table(("x", 5e-324), ("y", 0.0))), write("h.jsonl", table(("u", 0.0)))
+    found = run(encoder, task="regression", train=path, held_out=held)
+    assert rules(found) == {"far_numbers": 2}
+    assert "numbers around 0" in (found.findings[0].mend or "")
 
 
 def test_a_continued_head_takes_its_own_labels_only(write: Write, causal: Tokenizer) -> None:
