@@ -190,7 +190,7 @@ def scores(figures: Mapping[str, Any]) -> Result:
         ahead = {end: found[end] - 0.5 for end in ("point", "low", "high")}
         chance = {"point": 0.5}
         return _line("preference_accuracy", found, {"chance": chance, **likelier}, "chance", ahead)
-    if "answer_nll_change" in other:
+    if "higher_is_better" not in other:  # answers, which are ranked by how likely they are
         found = {"base": before["answer_nll"]}
         return _line("answer_nll", after["answer_nll"], found, "base", other["answer_nll_change"])
     metric = other["metric"]

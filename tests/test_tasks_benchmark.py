@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -36,8 +37,11 @@ def _ends(point: float) -> dict[str, float]:
 def test_a_line_has_the_best_baseline_and_the_paired_difference(tasks: ModuleType) -> None:
     after = {"macro_f1": _ends(0.8), "accuracy": _ends(0.9), "rows": 5, "metric": "macro_f1"}
     baselines = {"majority": {"macro_f1": _ends(0.2)}, "TF-IDF": {"macro_f1": None}}
-    other = {"metric": "macro_f1", "baselines": baselines, "best_baseline": "majority", "score_change": _ends(0.6)}
+    other: dict[str, Any] = {"metric": "macro_f1", "higher_is_better": True, "baselines": baselines}
+    other |= {"best_baseline": "majority", "score_change": _ends(0.6)}
     line = tasks.scores({"before": {}, "after": after, "other": other})
+    written = {"answer_nll_change": _ends(-1)}  # of a text: how it reads ranks it, and not how likely it is
+    assert tasks.scores({"before": {}, "after": after, "other": other | written}) == line
     assert line == {
         "metric": "macro_f1",
         "score": {"point": 0.8, "low": 0.7, "high": 0.9234},
