@@ -21,9 +21,9 @@ from peftkit.generation.constrain import Grammar
 from peftkit.generation.forward import autocast
 from peftkit.generation.lanes import Lane, Scored, lane_for
 from peftkit.generation.limits import Limits
+from peftkit.generation.memory import CacheMemory
 from peftkit.generation.prefixes import WORTH_SHARING, Prefixes, common
 from peftkit.generation.requests import Completion, Finish, Request
-from peftkit.generation.rows import bytes_per_token
 from peftkit.generation.running import Row, Ticket
 from peftkit.generation.seats import Adapters, Computes, Seat
 
@@ -49,10 +49,10 @@ class Engine:
         self._adapters, self._tokenizer, self._device = adapters, tokenizer, device
         self._vocabulary, self._positions, self._compute_dtype = vocabulary, positions, compute_dtype
         self._prefixes = Prefixes(self.limits.prefix_bytes)
+        self._memory = CacheMemory(self.limits.cache_bytes, device)
         self._lanes: dict[int, tuple[Computes, Lane]] = {}
         self._waiting: deque[Ticket] = deque()
         self._lock = threading.Lock()
-        self._token_bytes: int | None = None
         self._closed = False
 
     def submit(self, request: Request) -> Ticket:
@@ -190,26 +190,13 @@ class Engine:
         return any(common(row.ticket.request.prompt, prompt[:-1]) > known for row in lasting)
 
     def _fits(self, lane: Lane, seat: Seat, ticket: Ticket) -> bool:
-        """Whether keys and values of one more row stay within the limit. Raises GenerationError if they never can."""
-        limit = self.limits.cache_bytes
-        if limit is None:
-            return True
-        if self._token_bytes is None:
-            with seat.model.seated([seat.slot], 1) as model:
-                self._token_bytes = bytes_per_token(model, self._device)
+        """Whether keys and values of one more row stay within the limit, where that takes it without room to spare.
+
+        Raises GenerationError if they never can.
+        """
         tokens = len(ticket.request.prompt) + ticket.request.max_new_tokens
-        tokens = min(tokens, self._positions or tokens)
-        others = sum(other.places_with(0) for _, other in self._lanes.values() if other is not lane)
-        needed = (lane.places_with(tokens) + others) * self._token_bytes
-        if needed <= limit:
-            return True
-        if not self.running:
-            raise GenerationError(
-                f"{tokens} tokens need {needed} bytes of keys and values",
-                expected=f"at most {limit}",
-                hint="ask for fewer tokens, or give the engine more memory (cache_bytes)",
-            )
-        return False
+        joining = {other: 0 for _, other in self._lanes.values()} | {lane: min(tokens, self._positions or tokens)}
+        return self._memory.make_room(joining, seat)
 
     def _lane(self, seat: Seat) -> Lane:
         known = self._lanes.get(id(seat.model))

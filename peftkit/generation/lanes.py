@@ -64,8 +64,12 @@ class Lane(Protocol):
         """How much of the beginning of a prompt some row has read for the same digest, so that `join` can take it."""
         ...
 
-    def places_with(self, tokens: int) -> int:
-        """For how many tokens there is room once a row of so many has joined; 0: as it is."""
+    def places_with(self, tokens: int, *, shrunk: bool = False) -> int:
+        """For how many tokens there is room once a row of so many has joined (0: none), or would be after `shrink`."""
+        ...
+
+    def shrink(self, tokens: int) -> None:
+        """Give back what neither the rows need nor a row of so many tokens that joins them."""
         ...
 
 
@@ -143,10 +147,13 @@ class Together:
     def copy_of(self, row: Row) -> Kept | None:
         return self._kept.copy_of(self.rows.index(row), row.read)
 
-    def places_with(self, tokens: int) -> int:
-        lengths = [row.most for row in self.rows] + [tokens] * (tokens > 0)
-        rows, length = self._kept.capacity  # it does not shrink while there are rows
-        return max(rows, self._room_for(len(lengths))) * max(length, rounded(max(lengths))) if lengths else 0
+    def places_with(self, tokens: int, *, shrunk: bool = False) -> int:
+        needed = self._needed(tokens)
+        rows, length = (0, 0) if shrunk else self._kept.held
+        return max(rows, needed[0]) * max(length, needed[1])
+
+    def shrink(self, tokens: int) -> None:
+        self._kept.shrink(*self._needed(tokens))
 
     def begun_alike(self, digest: str, prompt: Sequence[int]) -> int:
         return self._alike(digest, prompt)[1]
@@ -158,6 +165,11 @@ class Together:
             if row.seat.digest == digest and (shared := common(row.tokens[: row.read], prompt[:-1])) > most:
                 best, most = row, shared
         return (best, most) if best is not None else (None, 0)
+
+    def _needed(self, tokens: int) -> tuple[int, int]:
+        """For how many rows, and of how many tokens, there must be room once a row of so many has joined; 0: none."""
+        lengths = [row.most for row in self.rows] + [tokens] * (tokens > 0)
+        return (self._room_for(len(lengths)), rounded(max(lengths))) if lengths else (0, 0)
 
     def _room_for(self, rows: int) -> int:
         """The next power of two: a cache that grew by every row would be copied for every row."""
@@ -238,8 +250,11 @@ class OneByOne:
     def begun_alike(self, digest: str, prompt: Sequence[int]) -> int:
         return 0
 
-    def places_with(self, tokens: int) -> int:
+    def places_with(self, tokens: int, *, shrunk: bool = False) -> int:
         return sum(row.most for row in self.rows) + tokens
+
+    def shrink(self, tokens: int) -> None:
+        pass  # a row's cache goes with it
 
     def _forward(self, row: Row) -> torch.Tensor:
         # Out of its place until the pass is through: an interrupted one spoils it. Without one, all is read again.

@@ -91,14 +91,21 @@ class Rows:
         wanted = max(rows, self.capacity[0]), max(rounded(length), self.capacity[1])
         if wanted == self.capacity:
             return
-        for layer in self._filled():
-            for name in ("keys", "values"):
-                held = getattr(layer, name)
-                had, heads, most, dim = held.shape
-                grown = held.new_zeros(max(wanted[0], had), heads, max(wanted[1], most), dim)
-                grown[:had, :, :most] = held
-                setattr(layer, name, grown)
+        self._resize(*wanted)
         self.capacity = wanted  # only now: where there was no memory for all of them, the next call goes on
+
+    def shrink(self, rows: int, length: int) -> None:
+        """Give back what is more than room for so many rows of so many tokens; what is within stays."""
+        self.capacity = min(rows, self.capacity[0]), min(rounded(length), self.capacity[1])
+        self._resize(*self.capacity)  # only now: where it is interrupted, some layers have more, and none has less
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """The most rows, and the most tokens of a row, that any layer has room for: the capacity, or what is left of a
+        change that was interrupted."""
+        shapes = [part.shape for layer in self._filled() for part in (layer.keys, layer.values)]
+        rows, length = self.capacity
+        return max([rows, *(shape[0] for shape in shapes)]), max([length, *(shape[2] for shape in shapes)])
 
     def release(self) -> None:
         """Give all memory back."""
@@ -176,6 +183,19 @@ class Rows:
         return torch.zeros(seen.shape, dtype=additive, device=self.device).masked_fill_(
             ~seen, torch.finfo(additive).min
         )
+
+    def _resize(self, rows: int, length: int) -> None:
+        """Copy what lies within into tensors of this room, one after another: only one is there twice at a time."""
+        for layer in self._filled():
+            for name in ("keys", "values"):
+                held = getattr(layer, name)
+                had, heads, most, dim = held.shape
+                if (had, most) == (rows, length):
+                    continue
+                made = held.new_zeros(rows, heads, length, dim)
+                both = slice(min(rows, had)), slice(None), slice(min(length, most))
+                made[both] = held[both]
+                setattr(layer, name, made)
 
     def _filled(self) -> list[RowLayer]:
         return [layer for layer in self._layers if layer.is_initialized]

@@ -13,6 +13,7 @@ from tiny_families import FAMILIES
 from peftkit.base.tokenizer import Tokenizer
 from peftkit.errors import AdapterNotFound
 from peftkit.generation.engine import Engine
+from peftkit.generation.lanes import Together
 from peftkit.generation.limits import Limits
 from peftkit.generation.requests import Request
 from peftkit.generation.running import Ticket
@@ -119,6 +120,13 @@ def seats_in_use(engine: Engine) -> int:
     adapters = engine._adapters
     assert isinstance(adapters, Several)
     return adapters.held.total()
+
+
+def held_bytes(engine: Engine) -> int:
+    """Memory of the keys and values of all rows, as their storages have it."""
+    lanes = [lane for _, lane in engine._lanes.values() if isinstance(lane, Together)]
+    layers = [layer for lane in lanes for layer in lane._kept.cache.layers if layer.is_initialized]
+    return sum(part.untyped_storage().nbytes() for layer in layers for part in (layer.keys, layer.values))
 
 
 def ask(engine: Engine, prompt: list[int] | tuple[int, ...], new: int = 8, **wishes: Any) -> Ticket:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -38,8 +41,33 @@ def content(held: Rows, row: int, length: int) -> list[float]:
     return list(map(float, keys[0, :, 0]))
 
 
+def sizes(held: Rows) -> set[tuple[int, int]]:
+    """Rows and tokens that the storages have room for: one head of 4 numbers, in float32."""
+    parts = [part for layer in held.cache.layers for part in (layer.keys, layer.values)]
+    assert all(part.untyped_storage().nbytes() == part.shape[0] * part.shape[2] * 4 * 4 for part in parts)
+    return {(part.shape[0], part.shape[2]) for part in parts}
+
+
+@contextmanager
+def scarce(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
+    """While it lasts, there is no memory for the new tensor number `at`."""
+    true, calls = torch.Tensor.new_zeros, [0]
+
+    def planted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at:
+            raise MemoryError
+        return true(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", planted)
+        yield
+
+
 OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["write", "write", "move", "wipe"]), st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(
+        st.sampled_from(["write", "write", "move", "wipe", "reserve", "shrink"]), st.integers(0, 3), st.integers(0, 3)
+    ),
     max_size=20,
 )
 
@@ -67,6 +95,13 @@ def test_rows_keep_what_was_written_through_every_move(steps: list[tuple[str, in
             wanted[one] = [0.0]
             assert float(held.cache.layers[0].keys[one].abs().sum()) == 0
             write(held, one, [0], [[0.0]])
+        elif what == "reserve":
+            held.reserve(4 + one, 64 * other)
+        elif what == "shrink":
+            had, longest = held.capacity, max(map(len, wanted))
+            held.shrink(4 + one, longest)
+            assert held.capacity == (min(had[0], 4 + one), rounded(longest)) == held.held
+            assert sizes(held) == {held.capacity}
         assert [content(held, row, len(wanted[row])) for row in range(4)] == wanted
         assert held.capacity[1] == rounded(held.capacity[1]) >= max(map(len, wanted))
 
@@ -120,19 +155,78 @@ def test_memory_grows_by_reserving_and_is_given_back() -> None:
 def test_growing_that_was_interrupted_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
     held = rows()
     write(held, 0, [0], [[1.0, 2.0]])
-    true, calls = torch.Tensor.new_zeros, [0]
-
-    def scarce(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 2:
-            raise MemoryError
-        return true(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "new_zeros", scarce)
-        with pytest.raises(MemoryError):
-            held.reserve(4, 100)
+    with scarce(monkeypatch, at=2), pytest.raises(MemoryError):
+        held.reserve(4, 100)
+    assert held.capacity == (1, 64)
+    assert held.held == (4, 128)
     write(held, 1, [0], [[5.0, 6.0, 7.0]])
     held.reserve(4, 100)
     assert content(held, 0, 2) == [1.0, 2.0]
     assert content(held, 1, 3) == [5.0, 6.0, 7.0]
+    assert sizes(held) == {(4, 128)}
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_shrinking_that_was_interrupted_loses_nothing_and_is_done_again(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = rows()
+    held.reserve(8, 200)
+    write(held, 0, [0, 0], [[1.0, 2.0], [3.0]])
+    with scarce(monkeypatch, at), pytest.raises(MemoryError):
+        held.shrink(2, 100)
+    assert held.held == (8, 256), "what has not been given back counts"
+    write(held, 0, [2, 1], [[7.0], [8.0, 9.0]])
+    held.shrink(2, 100)
+    assert held.held == (2, 128)
+    assert sizes(held) == {(2, 128)}
+    assert content(held, 0, 3) == [1.0, 2.0, 7.0]
+    assert content(held, 1, 3) == [3.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize(("rows_then", "length"), [(2, 100), (16, 300), (8, 500), (3, 200)])
+def test_changing_the_room_takes_one_tensor_more_for_a_moment(
+    rows_then: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by what is alive: there is never a second block, however many layers there are."""
+    held = rows(LlamaConfig(num_hidden_layers=8, hidden_size=8, num_attention_heads=2))
+    held.reserve(8, 200)
+    write(held, 0, [0], [[1.0]])
+    tensors = [weakref.ref(part) for layer in held.cache.layers for part in (layer.keys, layer.values)]
+    true, most = torch.Tensor.new_zeros, [0]
+
+    def alive() -> int:
+        return sum(tensor.nbytes for each in tensors if (tensor := each()) is not None)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made = true(*args, **kwargs)
+        tensors.append(weakref.ref(made))
+        most[0] = max(most[0], alive())
+        return made
+
+    before = alive()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", counted)
+        if rows_then < 8:
+            held.shrink(rows_then, length)
+        else:
+            held.reserve(rows_then, length)
+    after = alive()
+    assert before != after
+    assert max(before, after) < most[0] <= max(before, after) + min(before, after) // 16
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_rows_go_on_growing_after_shrinking_that_was_interrupted(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = rows()
+    held.reserve(8, 200)
+    write(held, 0, [0, 0], [[1.0, 2.0], [3.0]])
+    with scarce(monkeypatch, at), pytest.raises(MemoryError):
+        held.shrink(2, 100)
+    long = [float(i) for i in range(150)]
+    write(held, 1, [1, 0], [[4.0], long])
+    assert held.held == (3, 192)
+    assert sizes(held) == {(3, 192)}
+    assert content(held, 0, 2) == [1.0, 2.0]
+    assert content(held, 1, 2) == [3.0, 4.0]
+    assert content(held, 2, 150) == long

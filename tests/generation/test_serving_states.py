@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 from generation.adapters_lab import Lab, bytes_of, damage, make_lab
-from generation.engine_lab import ask, numbers
+from generation.engine_lab import ask, held_bytes, numbers
 from generation.serving_lab import Oracle, check_seats, rows_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -27,6 +27,7 @@ from peftkit.generation.fleet import fleet as fleet_module
 from peftkit.generation.fleet.fleet import Fleet
 from peftkit.generation.limits import Limits
 from peftkit.generation.opening import engine_over
+from peftkit.generation.rows import Rows
 from peftkit.generation.running import Ticket
 from peftkit.registry.store import Version
 from peftkit.tuning import attach as attach_module
@@ -38,10 +39,11 @@ RANKS = (2, 8, 4, 3)
 NEW = 6
 PREFIX = numbers(20, 99)
 PROMPTS = (tuple(numbers(1, 1)), tuple(PREFIX + numbers(1, 2)), tuple(PREFIX + numbers(9, 3)), tuple(numbers(12, 4)))
+LONG = tuple(PREFIX + numbers(100, 5))
 WEIGHTS = "adapter_model.safetensors"
 name_of = st.sampled_from(NAMES)
 asked_for = st.sampled_from((*NAMES, *(f"{name}@live" for name in NAMES)))
-WISH = st.tuples(st.one_of(asked_for, asked_for, st.none()), st.sampled_from(PROMPTS), st.integers(1, NEW))
+WISH = st.tuples(st.one_of(asked_for, asked_for, st.none()), st.sampled_from((*PROMPTS, LONG)), st.integers(1, NEW))
 
 
 class Machine(RuleBasedStateMachine):
@@ -61,7 +63,7 @@ class Machine(RuleBasedStateMachine):
         rows=st.integers(1, 6),
         prompt_tokens=st.sampled_from([5, 2048]),
         prefix_bytes=st.sampled_from([0, 64 << 20]),
-        cache=st.sampled_from([None, 3]),
+        cache=st.sampled_from([None, 4]),
     )
     def begin(
         self, slots: int, memory: int | None, host: int, rows: int, prompt_tokens: int, prefix_bytes: int,
@@ -76,6 +78,7 @@ class Machine(RuleBasedStateMachine):
             self.lab.backbone(), self.resolve, slots=slots, memory=room, host_memory=bytes_of(self.lab, 8, slots=host)
         )
         limits = Limits(rows, None, prompt_tokens, None if cache is None else cache * 64 * token, prefix_bytes)
+        self.cache = limits.cache_bytes
         self.engine = engine_over(self.fleet, limits)
         self.tickets: list[tuple[Ticket, Version | None]] = []
         self.settled: set[Ticket] = set()
@@ -225,6 +228,7 @@ class Machine(RuleBasedStateMachine):
             return
         check_seats(self.engine, self.fleet)
         assert len(rows_of(self.engine)) == self.engine.running <= self.engine.limits.rows
+        assert self.cache is None or held_bytes(self.engine) <= self.cache
         self.seen["waited"] += bool(self.engine.waiting and self.engine.running)
         for ticket, _ in self.tickets:
             assert self.closed[ticket] == ticket.done
@@ -283,6 +287,15 @@ def test_every_request_ends_once_and_right_whatever_happens(
         Here.closed[self] += 1
         true(self, *args)
 
+    shrink = Rows.shrink
+
+    def shrinking(self: Rows, rows: int, length: int) -> None:
+        before = self.held
+        shrink(self, rows, length)
+        assert self.held != before, "the room was given back for nothing"
+        Here.seen["shrunk"] += 1
+
+    monkeypatch.setattr(Rows, "shrink", shrinking)
     monkeypatch.setattr(fleet_module, "read", raising)
     monkeypatch.setattr(attach_module, "read", raising)
     monkeypatch.setattr(Ticket, "close", counted)
@@ -297,5 +310,5 @@ def test_every_request_ends_once_and_right_whatever_happens(
     )
     run_state_machine_as_test(Here, settings=checks)
     for what in ("length", "cancelled", "cancelled on its way", "AdapterDamaged", "OSError", "TuningError", "evicted",
-                 "waited"):  # fmt: skip
+                 "waited", "shrunk"):  # fmt: skip
         assert Here.seen[what] >= 3, (what, Here.seen)
