@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,3 +74,19 @@ def read(tokenizer: Tokenizer, text: str, tools: Tools = AUTO, size: int = 1) ->
     rest, calls = reading.finish(completion, tokenizer)
     assert len({call.id for call in calls}) == len(calls)
     return content + rest, [(call.name, json.loads(call.arguments)) for call in calls]
+
+
+@contextmanager
+def no_hang(seconds: int = 60) -> Iterator[None]:
+    """End what would take hours. A signal, and not a thread: a pattern that is looked for lets no other thread run."""
+
+    def end(number: int, frame: Any) -> None:
+        raise AssertionError(f"it was not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

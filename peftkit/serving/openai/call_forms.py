@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -25,12 +24,8 @@ _SEVERAL = {**_ARGUMENTS, _MORE: _COUNT}
 _SAID = "Zq said Zq"
 _IDS = (("call_zq0000001", "call_zq0000002"), ("zq0000001", "zq0000002"))
 _TOOL = {"name": "zq_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
-# A call with several arguments. Each part that is looked for begins with a tag.
-_SPANS = re.compile(
-    rf"\s*(?P<lead>.*?)\s*(?P<begin><[^<]*?)\s*{_FIRST}\s*(?P<after_name>.*?)\s*(?P<opening><[^<]*?){_KEY}"
-    rf"\s*(?P<named>\S.*?)(?P<before>\s*){_VALUE}(?P<after>\s*)(?P<closing><.*?)(?P<apart>\s*)(?P=opening){_MORE}",
-    re.DOTALL,
-)
+# The longest of templates that are known is 359, for two calls.
+_LONGEST = 4096
 
 
 @dataclass(frozen=True)
@@ -74,9 +69,10 @@ def shown(tokenizer: Tokenizer, rendering: Rendering) -> Shown:
     two = _taken(tokenizer, rendering, _called(spelling, _NAMES))
     said = _answer(one, plain, tokenizer)
     several = None if "{" in said else _taken(tokenizer, rendering, _called(spelling, _NAMES[:1], _SEVERAL))
+    both = "" if two is None else _answer(two, plain, tokenizer)
     return Shown(
         one=said,
-        two=_answer(two, plain, tokenizer) if two is not None and _SECOND in two else None,
+        two=both if all(name in both for name in _NAMES) else None,
         several=_answer(several, plain, tokenizer) if several is not None else None,
         spelling=spelling,
     )
@@ -84,6 +80,8 @@ def shown(tokenizer: Tokenizer, rendering: Rendering) -> Shown:
 
 def form_of(found: Shown, tokenizer: Tokenizer) -> Form:
     """How calls are written. Raises DataError when nothing can tell where they begin and end."""
+    if (longest := max(len(said or "") for said in (found.one, found.two, found.several))) > _LONGEST:
+        raise _unusable(f"it writes calls of a few words as {longest:,} characters, more than {_LONGEST:,}")
     form = _in_json(found) or _in_tags(found) or _behind_a_name(found)
     written = found.one + (found.two or "")
     control = tuple(token for token in tokenizer.control if token in written)
@@ -116,25 +114,54 @@ def _behind_a_name(found: Shown) -> Form:
 def _in_tags(found: Shown) -> Form | None:
     """Calls that are a name in the text, and arguments between tags; None when they are not, or cannot be read back."""
     said = found.several or ""
-    part = _SPANS.match(said)
-    last = found.one.rpartition(_VALUE)[2].strip()
-    if part is None or _FIRST in part["lead"] or not last.startswith(part["closing"]):
+    around = _around(said)
+    if around is None:
         return None
-    end, _, after = last.removeprefix(part["closing"]).strip().partition(">")
+    between, more, _ = around.behind.partition(around.opening + _MORE)
+    closing, last = between.strip(), found.one.rpartition(_VALUE)[2].strip()
+    if not more or not closing or not last.startswith(closing):
+        return None
+    end, _, after = last.removeprefix(closing).strip().partition(">")
     tags = Tags(
-        begin=part["begin"],
-        opening=part["opening"],
-        named=part["named"],
-        closing=part["closing"],
+        begin=around.begin,
+        opening=around.opening,
+        named=around.named.strip(),
+        closing=closing,
         end=f"{end}>",
-        apart=part["apart"],
-        margins=(part["before"], part["after"]),
+        apart=between[len(between.rstrip()) :],
+        margins=(around.named[len(around.named.rstrip()) :], between[: -len(between.lstrip())]),
     )
     ended = (found.two or "").partition(_VALUE)[2].partition(tags.end)[2]
-    between = ended.partition(_SECOND)[0].strip()
-    form = Form(part["begin"], between, after.strip(), after_name=part["after_name"], tags=tags, lead=part["lead"])
+    between_calls = ended.partition(_SECOND)[0].strip()
+    form = Form(around.begin, between_calls, after.strip(), after_name=around.after_name, tags=tags, lead=around.lead)
     _, calls = form.read(said, {_FIRST: {"properties": {_MORE: {"const": _COUNT}}}})
     return form if [json.loads(call.arguments) for call in calls] == [_SEVERAL] else None
+
+
+@dataclass(frozen=True)
+class _Around:
+    """What stands around the name of a call and its first argument."""
+
+    lead: str
+    begin: str
+    after_name: str
+    opening: str
+    named: str
+    """With its spaces."""
+    behind: str
+    """All behind the value."""
+
+
+def _around(said: str) -> _Around | None:
+    """What stands around the parts of a call; None where a tag is missing before a name, or behind the value."""
+    head, _, rest = said.partition(_FIRST)
+    middle, _, rest = rest.partition(_KEY)
+    named, found, behind = rest.partition(_VALUE)
+    lead, begun, begin = head.rpartition("<")
+    after_name, opened, opening = middle.rpartition("<")
+    if not (begun and opened and found and named.strip() and behind.lstrip().startswith("<")):
+        return None
+    return _Around(lead.strip(), f"<{begin.rstrip()}", after_name.strip(), f"<{opening}", named, behind)
 
 
 def _first_taken(tokenizer: Tokenizer, rendering: Rendering) -> tuple[str, Spelling]:

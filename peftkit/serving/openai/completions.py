@@ -164,7 +164,8 @@ class _Api:
         rendering = self._host.engine.rendering(version)
         tokenizer = self._host.engine.tokenizer
         found = await asyncio.to_thread(shown, tokenizer, rendering)
-        return form_of(found, tokenizer) if asked.tools.choice == "auto" else None, found.spelling
+        form = await asyncio.to_thread(form_of, found, tokenizer) if asked.tools.choice == "auto" else None
+        return form, found.spelling
 
     async def _begin_text(self, asked: Text) -> list[OnWay]:
         version = await self._find(asked.model)
