@@ -98,6 +98,13 @@ def test_a_broken_call_between_whole_ones_stays_text(tokenizers: dict[str, Token
     assert (content, calls) == (f"{bad} and more", [("f", {}), ("f", {})])
 
 
+def test_a_mark_in_quotes_swallows_no_call(tokenizers: dict[str, Tokenizer]) -> None:
+    """Behind it stands JSON, as it happens: a text that goes up to the call's first quote."""
+    said = 'I put it between "<tool_call>" and its end:'
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    assert read(tokenizers["hermes"], f"{said} {call}") == (said, [("f", {})])
+
+
 def test_one_call_at_most_when_several_are_not_wanted(tokenizers: dict[str, Tokenizer]) -> None:
     text = written(tokenizers["hermes"], CALLS)
     assert read(tokenizers["hermes"], text, Tools(TOOLS, "auto", parallel=False)) == ("", CALLS[:1])

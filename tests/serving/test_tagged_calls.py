@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from serving.calls_lab import form, read, shipped, tool, written
+from serving.calls_lab import form, no_hang, read, shipped, tool, written
 from serving.tool_templates import GLM4, QWEN3_CODER, tokenizer_with
 
 from peftkit.base.tokenizer import Tokenizer
@@ -166,21 +165,53 @@ def test_one_call_at_most_when_several_are_not_wanted(coder: Tokenizer) -> None:
     assert read(coder, call(parameter("city", "x")) + call(), one) == ("", [("f", {"city": "x"})])
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+# ---- whatever comes
+
+_MANY = 3_000
+_OPEN = "".join(f"<function=f><parameter=a{at}>" for at in range(_MANY)) + "</parameter>" * _MANY
+_GLM_OPEN = "".join(f"<tool_call>f<arg_key>a{at}</arg_key><arg_value>" for at in range(_MANY)) + "</arg_value>" * _MANY
+_CODER_TAGS = ("<tool_call>", "<function=f>", "<function=", "<parameter=city>", "<parameter=", "</parameter>",
+               "</function>", "</tool_call>")  # fmt: skip
+_GLM_TAGS = ("<tool_call>f", "<arg_key>", "</arg_key>", "<arg_key>city</arg_key>", "<arg_value>", "</arg_value>")
+HOSTILE = {
+    "coder": [
+        *(f"<function=f>{before}{tag * 10_000}" for tag in _CODER_TAGS for before in ("", "<parameter=city>")),
+        *(f"<function=f>{before}{' ' * 100_000}" for before in ("", "<parameter=", "<parameter=city>", "</parameter>")),
+        "<function=f><parameter=city>" + "\n" * 100_000 + "</parameter>",
         "<tool_call>\n<function=f>\n<parameter=city>\n" * 5_000,
         "<tool_call>\n<function=f>\n" + "<parameter=city>\n<parameter=\n</parameter>\n" * 5_000,
         "<tool_call>\n<function=f>\n<parameter=city>\n" + "</parameter>\n" * 10_000 + "</function>",
         "<function=f><parameter=city>" * 5_000 + "</function>",
         call() * 5_000,
+        _OPEN + "".join(f"<parameter=x{at}>1</parameter>" for at in range(_MANY)),
+        _OPEN + "<parameter=z>\n" + "<parameter=q>\n" * 10_000,
+        "<function=f>\n<parameter=city>\n" + "<parameter=q>\n" * 10_000,
     ],
-)
-def test_many_tags_take_no_longer_than_their_number(coder: Tokenizer, text: str) -> None:
-    """Half a second at most here; minutes where each of them looks through all that follows it."""
-    began = time.process_time()
-    form(coder).read(text, SHOP.parameters)
-    assert time.process_time() - began < 10
+    "glm4": [
+        *("<tool_call>f<arg_key>city</arg_key><arg_value>" + tag * 10_000 for tag in _GLM_TAGS),
+        "<tool_call>f<arg_key>" * 20_000,
+        "<tool_call>f<arg_key>" + "x" * 100_000,
+        "<tool_call>f" + ("<arg_key>city</arg_key>" + " " * 50) * 2_000,
+        _GLM_OPEN + "".join(f"<arg_key>x{at}</arg_key><arg_value>1</arg_value>" for at in range(_MANY)),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in HOSTILE.items() for text in texts])
+def test_an_answer_takes_no_longer_than_its_length(tokenizers: dict[str, Tokenizer], name: str, text: str) -> None:
+    """Half a second at most here; minutes where each tag looks through all that follows it."""
+    reads = form(tokenizers[name])
+    with no_hang(10):
+        reads.read(text, SHOP.parameters)
+
+
+def test_what_a_broken_call_quotes_is_no_call(coder: Tokenizer) -> None:
+    """Who writes about calls does not mean them, whether there was room for the end or not."""
+    quoting = call(parameter("string", call(parameter("integer", "3"), name="g")), parameter("city", "x"))
+    for end in "</function>\n</tool_call>", "\n</parameter>\n</function>":
+        broken = quoting[: quoting.rindex(end)]
+        assert read(coder, broken, SHOP, 50) == (broken, [])
+        assert read(coder, f"{broken}\n{call(name='g')}", SHOP, 50) == (broken.rstrip(), [("g", {})])
 
 
 # ---- types

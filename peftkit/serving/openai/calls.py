@@ -61,23 +61,21 @@ class Form:
 
     def read(self, text: str, schemas: Schemas) -> tuple[str, list[Call]]:
         """The text of an answer without its calls, and the calls. What is no whole call of one of the functions, given
-        with their arguments' schemas, stays text.
+        with their arguments' schemas, stays text, and so does what it has in whole arguments: that is quoted there.
 
         Without calls the text is as it was.
         """
-        kept, calls, at = "", list[Call](), 0
+        kept, calls, at = list[str](), list[Call](), 0
         marks = None if self.tags is None else self.tags.marks(text)
         while (start := self._next(text, at)) is not None:
             found, stop = self._block(text, start, schemas, marks)
-            if found:
-                kept, calls = kept + self._before(text[at:start]), calls + found
-            else:
-                stop = max(stop, start + 1)
-                kept += text[at:stop]
+            stop = max(stop, start + 1)
+            kept.append(self._before(text[at:start]) if found else text[at:stop])
+            calls += found
             at = stop
         if not calls:
             return text, []
-        return (kept + text[at:]).rstrip(), calls
+        return ("".join(kept) + text[at:]).rstrip(), calls
 
     def held(self, text: str) -> int:
         """From which character on a text that goes on may hold a call; its length when it cannot."""
@@ -99,19 +97,23 @@ class Form:
         return 0 if at == 0 and text.lstrip()[:1] in ("{", "[") else None
 
     def _block(self, text: str, start: int, schemas: Schemas, marks: Marks | None) -> tuple[list[Call], int]:
-        """Calls from `start` on, where `begin` stands, and where they end; none where something is not a call."""
+        """Calls from `start` on, where `begin` stands, and where they end; none where something is not a call, and
+        where to look on."""
         calls, at = list[Call](), start
-        read = self._one(text, start + len(self.begin), schemas, marks)
-        while read is not None:
-            calls, at = calls + read[0], read[1]
+        found, stop = self._one(text, start + len(self.begin), schemas, marks)
+        while found:
+            calls, at = calls + found, stop
             after = _literal(text, at, self.between) if self.between else None
-            read = None if after is None else self._one(text, after, schemas, marks)
-        closed = _literal(text, at, self.end) if calls else None
+            found, stop = ([], at) if after is None else self._one(text, after, schemas, marks)
+        if not calls:
+            return [], stop
+        closed = _literal(text, at, self.end)
         return calls, at if closed is None else closed
 
-    def _one(self, text: str, at: int, schemas: Schemas, marks: Marks | None) -> tuple[list[Call], int] | None:
-        """The call or the list of calls that stands at `at`, and where it ends."""
-        at = _skip(text, at)
+    def _one(self, text: str, at: int, schemas: Schemas, marks: Marks | None) -> tuple[list[Call], int]:
+        """The call or the list of calls that stands at `at`, and where it ends; none, and where to look on: behind the
+        arguments that it has whole."""
+        at, behind = _skip(text, at), 0
         if self.inside is not None:
             value, end = json_at(text, at)
             listed = value if isinstance(value, list) else [value]
@@ -120,15 +122,16 @@ class Form:
             named = _NAME.match(text, at)
             after = None if named is None else _literal(text, named.end(), self.after_name)
             if named is None or after is None or named.group() not in schemas:
-                return None
+                return [], behind
             if self.tags is None or marks is None:
                 value, end = json_at(text, _skip(text, after))
             else:
-                value, end = self.tags.read(marks, after, schemas[named.group()]) or (None, after)
+                value, end = self.tags.read(marks, after, schemas[named.group()])
+                behind = end
             said = [(named.group(), value)]
         made = [self._made(name, arguments) for name, arguments in said if isinstance(name, str) and name in schemas]
         calls = [call for call in made if call is not None]
-        return (calls, end) if calls and len(calls) == len(said) else None
+        return (calls, end) if calls and len(calls) == len(said) else ([], behind)
 
     def _made(self, name: str, arguments: Any) -> Call | None:
         if isinstance(arguments, str):

@@ -60,19 +60,19 @@ class Tags:
                 pairs[opened.pop()] = closing.get(tag.start())
         return Marks(text, pairs, ends)
 
-    def read(self, marks: Marks, at: int, schema: Mapping[str, Any]) -> tuple[dict[str, Any], int] | None:
+    def read(self, marks: Marks, at: int, schema: Mapping[str, Any]) -> tuple[dict[str, Any] | None, int]:
         """The arguments from `at` on with types by `schema`, and where the text goes on behind their end; None when
-        they do not end."""
+        they do not end, and what comes behind those that are whole."""
         text, arguments = marks.text, dict[str, Any]()
         while opened := self._opened.match(text, at):
             closed = self._closed(marks, opened)
             if closed is None:
-                return None
+                return None, at
             at = closed.end() if closed["closing"] else closed.start()
             value = text[opened.end() : closed.start()].removeprefix(self.margins[0]).removesuffix(self.margins[1])
             arguments[opened["name"]] = typed(value, declared(schema, opened["name"]), schema)
         ended = self._ended.match(text, at)
-        return None if ended is None else (arguments, ended.end())
+        return (None, at) if ended is None else (arguments, ended.end())
 
     def _closed(self, marks: Marks, opened: re.Match[str]) -> re.Match[str] | None:
         """What ends a value.
@@ -93,7 +93,7 @@ class Tags:
 
     @cached_property
     def _opened(self) -> re.Pattern[str]:
-        return re.compile(rf"\s*{_loose(self.opening)}(?P<name>[^\n]+?){_loose(self.named)}")
+        return re.compile(rf"\s*{_loose(self.opening)}(?P<name>[^\n<>]+?){_loose(self.named)}")
 
     @cached_property
     def _ended(self) -> re.Pattern[str]:
