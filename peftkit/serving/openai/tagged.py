@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from peftkit.serving.openai.typed import declared, typed
+from peftkit.serving.openai.typed import declared, properties, typed
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,19 @@ class Marks:
     """By where an argument's name begins: the tag that closes it, where whatever it opens in between is closed too;
     None where the call cannot go on behind that tag."""
     ends: Sequence[re.Match[str]]
-    """All that may end a value, from left to right."""
+    """All that may end a value, from left to right: its own tag, the line of the next argument, the call's end."""
+    begins: Sequence[int]
+    """Where calls may begin."""
 
-    def after(self, at: int) -> re.Match[str] | None:
-        """The first of the ends from a place on."""
-        found = bisect_left(self.ends, at, key=re.Match.start)
-        return self.ends[found] if found < len(self.ends) else None
+    def ends_after(self, at: int) -> Iterator[re.Match[str]]:
+        """What may end a value from a place on."""
+        for found in range(bisect_left(self.ends, at, key=re.Match.start), len(self.ends)):
+            yield self.ends[found]
+
+    def begun_after(self, at: int) -> int:
+        """Where the next call may begin; the text's length where none does."""
+        found = bisect_left(self.begins, at)
+        return self.begins[found] if found < len(self.begins) else len(self.text)
 
 
 @dataclass(frozen=True)
@@ -58,34 +65,50 @@ class Tags:
                 opened.append(tag.end())
             elif opened:
                 pairs[opened.pop()] = closing.get(tag.start())
-        return Marks(text, pairs, ends)
+        return Marks(text, pairs, ends, [begin.start() for begin in re.finditer(re.escape(self.begin), text)])
 
     def read(self, marks: Marks, at: int, schema: Mapping[str, Any]) -> tuple[dict[str, Any] | None, int]:
         """The arguments from `at` on with types by `schema`, and where the text goes on behind their end; None when
-        they do not end, and what comes behind those that are whole."""
+        they do not end, or one is given twice, and what comes behind those that are whole."""
         text, arguments = marks.text, dict[str, Any]()
+        known, given = properties(schema), set[str]()
         while opened := self._opened.match(text, at):
-            closed = self._closed(marks, opened)
+            twice = opened["name"] in given
+            given.add(opened["name"])
+            closed = self._closed(marks, opened, known, given)
             if closed is None:
                 return None, at
             at = closed.end() if closed["closing"] else closed.start()
+            if twice:
+                return None, at
             value = text[opened.end() : closed.start()].removeprefix(self.margins[0]).removesuffix(self.margins[1])
             arguments[opened["name"]] = typed(value, declared(schema, opened["name"]), schema)
         ended = self._ended.match(text, at)
         return (None, at) if ended is None else (arguments, ended.end())
 
-    def _closed(self, marks: Marks, opened: re.Match[str]) -> re.Match[str] | None:
+    def _closed(
+        self, marks: Marks, opened: re.Match[str], known: Container[str], given: Container[str]
+    ) -> re.Match[str] | None:
         """What ends a value.
 
         A value may quote calls. So first comes the tag that closes it when those in the value close each other, if the
         call can go on there; then the first one behind which it can. One that was left out (models do that) is where
-        the next argument's line begins, or the end stands, unless another call has begun before.
+        the line of an argument begins that is known and not given yet, or the end stands, unless another call or
+        another argument has begun before.
         """
-        closed = marks.pairs.get(opened.start("name")) or marks.after(opened.end())
-        if closed is None or closed["closing"]:
-            return closed
-        begun_anew = marks.text.find(self.begin, opened.end(), closed.start()) >= 0
-        return None if begun_anew else closed
+        if (paired := marks.pairs.get(opened.start("name"))) is not None:
+            return paired
+        quoting, begun = False, marks.begun_after(opened.end())
+        for end in marks.ends_after(opened.end()):
+            if end["closing"]:
+                return end
+            last = end["name"] is None or (end["name"] in known and end["name"] not in given)
+            if begun < end.start() or (last and quoting):
+                return None
+            if last:
+                return end
+            quoting = True
+        return None
 
     @cached_property
     def _tag(self) -> re.Pattern[str]:
@@ -104,7 +127,7 @@ class Tags:
         opening, end = _loose(self.opening), _loose(self.end)
         return re.compile(
             rf"(?P<closing>{_loose(self.closing)})(?=\s*(?:{opening}|{end}))"
-            rf"|{self.apart}{opening}[^\n<>]+?{_loose(self.named)}|{end}"
+            rf"|{self.apart}{opening}(?P<name>[^\n<>]+?){_loose(self.named)}|{end}"
         )
 
 

@@ -38,9 +38,13 @@ def typed(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
 
 def declared(schema: Mapping[str, Any], name: str) -> Any:
     """The schema of one of an object's properties; None when nothing is said about it."""
-    properties = schema.get("properties")
-    known = properties if isinstance(properties, Mapping) else {}
-    return known.get(name, schema.get("additionalProperties"))
+    return properties(schema).get(name, schema.get("additionalProperties"))
+
+
+def properties(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schemas of an object's properties, by their names."""
+    said = schema.get("properties")
+    return said if isinstance(said, Mapping) else {}
 
 
 def _is_number(value: Any, kinds: set[str]) -> bool:
