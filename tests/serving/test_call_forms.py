@@ -11,7 +11,7 @@ import pytest
 from serving.calls_lab import PLAIN, no_hang, read
 from serving.scripted import Scripted
 from serving.test_completions import TOOLS, asking, told
-from serving.tool_templates import HERMES, QWEN3_CODER, XML, tokenizer_with
+from serving.tool_templates import HERMES, MARKED, OTHERWISE, QWEN3_CODER, XML, tokenizer_with
 
 from peftkit.errors import DataError
 from peftkit.serving.openai import completions
@@ -67,6 +67,24 @@ def test_what_a_template_writes_is_looked_through_once(tmp_path: Path, said: str
     tokenizer = tokenizer_with(tmp_path, HERMES)
     with no_hang(), pytest.raises(DataError, match="cannot be used for tools"):
         form_of(Shown(said, None, said, Spelling()), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        (XML, "refuses a number"),
+        (MARKED, "change with the type of its value"),
+        (calls_as("<a NAME>", "<' + ('s' if v is string else 'n') + ' KEY>VALUE</p>", "</a>"), "change with the type"),
+        (calls_as("<a NAME>", "<p KEY>VALUE</' + ('s' if v is string else 'n') + '>", "</a>"), "change with the type"),
+        (calls_as("<a NAME>", "<p KEY>VALUE</p>", "<end"), "cannot be read back"),
+        (OTHERWISE, "neither as JSON nor each between tags"),
+        (HOSTILE["more blanks in a call"], "as 200,0[0-9]+ characters"),
+    ],
+)
+def test_a_refusal_names_its_cause(tmp_path: Path, template: str, why: str) -> None:
+    tokenizer = tokenizer_with(tmp_path, template)
+    with pytest.raises(DataError, match=why):
+        form_of(shown(tokenizer, PLAIN), tokenizer)
 
 
 def test_many_spaces_are_no_reason_to_refuse_a_template(tmp_path: Path) -> None:

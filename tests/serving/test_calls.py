@@ -170,7 +170,7 @@ def test_a_turn_with_calls_may_end_in_a_token_of_its_own(tmp_path: Path) -> None
 
 def test_a_template_that_names_the_function_before_the_call_is_refused(tmp_path: Path) -> None:
     tokenizer = tokenizer_with(tmp_path, shipped("muse_glimmer"))
-    with pytest.raises(DataError, match="neither as JSON nor each between tags"):
+    with pytest.raises(DataError, match="nothing stands before the name"):
         form(tokenizer)
 
 

@@ -24,6 +24,7 @@ _SEVERAL = {**_ARGUMENTS, _MORE: _COUNT}
 _SAID = "Zq said Zq"
 _IDS = (("call_zq0000001", "call_zq0000002"), ("zq0000001", "zq0000002"))
 _TOOL = {"name": "zq_tool", "description": "", "parameters": {"type": "object", "properties": {}}}
+_UNREAD = "a call that it writes between tags cannot be read back"
 # The longest of templates that are known is 359, for two calls.
 _LONGEST = 4096
 
@@ -103,24 +104,28 @@ def _behind_a_name(found: Shown) -> Form:
     """Calls that are a name in the text, and arguments as JSON."""
     one, two = found.one, found.two
     begin, _, rest = one.partition(_FIRST)
-    end = _arguments_end(rest, 0)
     if not begin.strip():
         raise _unusable("nothing stands before the name in a call")
+    end = _arguments_end(rest, 0)
     between = "" if two is None else two[_arguments_end(two, two.index(_FIRST)) : two.index(_SECOND)]
     after_name = rest[: rest.index("{")].strip()
     return Form(begin.strip(), between.strip(), rest[end:].strip(), after_name=after_name)
 
 
 def _in_tags(found: Shown) -> Form | None:
-    """Calls that are a name in the text, and arguments between tags; None when they are not, or cannot be read back."""
-    said = found.several or ""
-    around = _around(said)
-    if around is None:
+    """Calls that are a name in the text, and arguments between tags; None when they are not. Raises DataError when they
+    are, and cannot be read."""
+    if "{" in found.one or _around(found.one) is None:
         return None
-    between, more, _ = around.behind.partition(around.opening + _MORE)
+    if found.several is None:
+        raise _unusable("it refuses a number among a call's arguments, so nothing says how one is written")
+    said, around = found.several, _around(found.several)
+    between = "" if around is None else around.behind.partition(around.opening + _MORE)[0]
     closing, last = between.strip(), found.one.rpartition(_VALUE)[2].strip()
-    if not more or not closing or not last.startswith(closing):
-        return None
+    if around is None or around.number(between) not in said:
+        raise _unusable("the tags around an argument change with the type of its value")
+    if not closing or not last.startswith(closing):
+        raise _unusable(_UNREAD)
     end, _, after = last.removeprefix(closing).strip().partition(">")
     tags = Tags(
         begin=around.begin,
@@ -135,7 +140,9 @@ def _in_tags(found: Shown) -> Form | None:
     between_calls = ended.partition(_SECOND)[0].strip()
     form = Form(around.begin, between_calls, after.strip(), after_name=around.after_name, tags=tags, lead=around.lead)
     _, calls = form.read(said, {_FIRST: {"properties": {_MORE: {"const": _COUNT}}}})
-    return form if [json.loads(call.arguments) for call in calls] == [_SEVERAL] else None
+    if [json.loads(call.arguments) for call in calls] != [_SEVERAL]:
+        raise _unusable(_UNREAD)
+    return form
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,10 @@ class _Around:
     """With its spaces."""
     behind: str
     """All behind the value."""
+
+    def number(self, between: str) -> str:
+        """How the second argument begins, if not its type decides; `between` is what stands before it."""
+        return f"{between}{self.opening}{_MORE}{self.named}{_COUNT}{between.rstrip()}"
 
 
 def _around(said: str) -> _Around | None:
