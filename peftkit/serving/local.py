@@ -24,6 +24,7 @@ from peftkit.serving.answering import Load
 from peftkit.serving.faults import Faults
 from peftkit.serving.known import Known
 from peftkit.serving.local_answer import LocalAnswer
+from peftkit.serving.thread_jobs import ThreadJobs
 from peftkit.tuning.stored import read
 
 _AFTER_FAULT = 0.1
@@ -41,9 +42,7 @@ class LocalEngine:
         self._opened, self._engine, self._fleet = opened, opened.engine, opened.fleet
         self._known = Known(opened.versions)
         self._thread = threading.Thread(target=self._drive, name="peftkit-engine", daemon=True)
-        self._wake = threading.Condition()
-        self._jobs: deque[Callable[[], None]] = deque()
-        self._busy = self._stopping = False
+        self._jobs = ThreadJobs()
         self._submitted: deque[Ticket] = deque()
         self._unfinished: list[Ticket] = []
         self._faults = Faults()
@@ -121,13 +120,13 @@ class LocalEngine:
                 self._known.keep(version)
         except BaseException:
             self._known.leave(version)
-            self._go_on()
+            self._jobs.wake()
             raise
 
     async def forget(self, version: Version) -> None:
         """A version is not answered under any name any more; answers on their way come to their end."""
         self._known.drop(version)
-        self._go_on()
+        self._jobs.wake()
 
     async def begin(self, version: Version | None, request: Request) -> LocalAnswer:
         """Queue a request. Raises EngineBusy when the queue is full or closed, and PeftkitError for what cannot be
@@ -178,21 +177,9 @@ class LocalEngine:
 
     async def _between_steps(self, job: Callable[[], T], *, last: bool = False) -> T:
         """What a job gives that the engine's thread does between two steps; it ends after the last one."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(job())
-                except BaseException as error:
-                    future.set_exception(error)
-
-        with self._wake:
-            if self._stopping or not self._thread.is_alive():
-                raise EngineBusy(_CLOSED, expected=_BEFORE)
-            self._jobs.append(run)
-            self._stopping = last
-            self._wake.notify()
+        future = self._jobs.submit(job, last=last) if self._thread.is_alive() else None
+        if future is None:
+            raise EngineBusy(_CLOSED, expected=_BEFORE)
         return await asyncio.wrap_future(future)
 
     def _begun(self, work: asyncio.Future[Ticket]) -> None:
@@ -225,13 +212,8 @@ class LocalEngine:
         with self._known.during(version) if version is not None else nullcontext():
             ticket = self._engine.submit(replace(request, adapter=version.reference if version else None))
             self._submitted.append(ticket)  # whose version is known: it is not let go in between
-        self._go_on()
+        self._jobs.wake()
         return ticket
-
-    def _go_on(self) -> None:
-        with self._wake:
-            self._busy = True
-            self._wake.notify()
 
     def _loaded(self, version: Version) -> bool:
         seat = self._fleet.seat(version)
@@ -243,24 +225,11 @@ class LocalEngine:
     # ---- in the engine's thread
 
     def _drive(self) -> None:
-        while self._wanted():
-            self._do_jobs()
+        while self._jobs.wait():
             more = self._step()
             self._load = self._counted()
-            with self._wake:
-                self._busy |= more
-        self._do_jobs()
-
-    def _do_jobs(self) -> None:
-        while self._jobs:
-            self._jobs.popleft()()
-
-    def _wanted(self) -> bool:
-        """Wait until there is something to do; False when there never will be."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._busy or self._jobs or self._stopping)
-            self._busy = False
-            return not self._stopping
+            if more:
+                self._jobs.wake()
 
     def _step(self) -> bool:
         try:
