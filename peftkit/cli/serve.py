@@ -23,41 +23,54 @@ from peftkit.registry.store import Registry, Version
 API_KEY, ADMIN_KEY = "PEFTKIT_API_KEY", "PEFTKIT_ADMIN_KEY"
 
 
+NamesOption = Annotated[
+    list[str] | None, typer.Argument(metavar="[NAME…]", help="Adapters to answer with: name, name@alias.")
+]
+EngineOption = Annotated[Literal["peftkit", "vllm"], typer.Option("--engine", help="What computes.")]
+HostOption = Annotated[str, typer.Option("--host", help="Address to listen at; all but loopback need a key.")]
+PortOption = Annotated[int, typer.Option("--port", help="0 takes a free one.")]
+ApiKeyFileOption = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help=f"Holds the key; or {API_KEY} is it.")
+]
+AdminKeyFileOption = Annotated[
+    Path | None,
+    typer.Option("--admin-key-file", metavar="FILE", help=f"The key to change what is served; or {ADMIN_KEY}."),
+]
+AllowHostOption = Annotated[
+    list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A name of this server; repeatable.")
+]
+AllowOriginOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-origin", metavar="ORIGIN", help="A site whose pages may ask (CORS); repeatable."),
+]
+RowsOption = Annotated[int, typer.Option("--rows", min=1, help="Requests answered at once.")]
+WaitingOption = Annotated[int, typer.Option("--waiting", min=0, help="Requests that may wait; the next gets 429.")]
+MaxBodyOption = Annotated[int, typer.Option("--max-body", metavar="MIB", min=1, help="Of a request.")]
+MaxPromptTokensOption = Annotated[
+    int | None, typer.Option("--max-prompt-tokens", min=1, help="Of a request; else the base's positions.")
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="The most that a request may ask for.")
+]
+
+
 def serve(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME…]", help="Adapters to answer with: name, name@alias.")
-    ] = None,
+    names: NamesOption = None,
     base: Base = None,
     bits: Bits = None,
     other_base: OtherBase = False,
-    engine: Annotated[Literal["peftkit", "vllm"], typer.Option("--engine", help="What computes.")] = "peftkit",
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen at; all but loopback need a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", metavar="FILE", help=f"Holds the key; or {API_KEY} is it.")
-    ] = None,
-    admin_key_file: Annotated[
-        Path | None,
-        typer.Option("--admin-key-file", metavar="FILE", help=f"The key to change what is served; or {ADMIN_KEY}."),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option("--allow-host", metavar="NAME", help="A name of this server; repeatable.")
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option("--allow-origin", metavar="ORIGIN", help="A site whose pages may ask (CORS); repeatable."),
-    ] = None,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Requests answered at once.")] = 64,
-    waiting: Annotated[int, typer.Option("--waiting", min=0, help="Requests that may wait; the next gets 429.")] = 256,
-    max_body: Annotated[int, typer.Option("--max-body", metavar="MIB", min=1, help="Of a request.")] = 1,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option("--max-prompt-tokens", min=1, help="Of a request; else the base's positions.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="The most that a request may ask for.")
-    ] = 4096,
+    engine: EngineOption = "peftkit",
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key_file: ApiKeyFileOption = None,
+    admin_key_file: AdminKeyFileOption = None,
+    allow_host: AllowHostOption = None,
+    allow_origin: AllowOriginOption = None,
+    rows: RowsOption = 64,
+    waiting: WaitingOption = 256,
+    max_body: MaxBodyOption = 1,
+    max_prompt_tokens: MaxPromptTokensOption = None,
+    max_new_tokens: MaxNewTokensOption = 4096,
     registry: RegistryRoot = None,
     runs: RunsRoot = None,
     as_json: AsJson = False,
@@ -89,24 +102,17 @@ def serve(
             "default_new_tokens": min(max_new_tokens, ServeSpec.model_fields["default_new_tokens"].default),
         }
     )
-    (named, arguments), cache = _split(names or []), locations.cache_root().path
-    if engine == "peftkit":
-        refuse({"after --": arguments or None}, "only vLLM (--engine vllm) is given arguments of its own")
-    else:
-        refuse({"--other-base": other_base}, "vLLM is given adapters of its base alone")
-    store = open_registry(registry)
+    named, arguments = _split(names or [])
+    _check_engine(engine, arguments, other_base)
+    store, cache = open_registry(registry), locations.cache_root().path
     versions = [store.resolve(name) for name in named]
     with Reporter(as_json=as_json) as reporter, bind(settings) as listening:
         with extra("serve", "serving"):
             from peftkit.serving.host import Host
             from peftkit.serving.http.server import Server, run
-        from peftkit.generation.limits import Limits  # torch: seconds
-        from peftkit.generation.opening import find_base
 
         report = reporter if as_json else _in_words(reporter)
-        found = find_base(versions, cache, base=base, bits=bits, report=report)
-
-        opening = _Opening(found, versions, store, cache, Limits(rows=rows, waiting=waiting), report)
+        opening = _Opening.of(versions, store, cache, base, bits, settings, report)
         # Outside of the event loop, where a signal would wait until all is loaded.
         local = None if engine == "vllm" else opening.local(other_base)
 
@@ -131,6 +137,24 @@ class _Opening:
     limits: Any
     report: Report
 
+    @classmethod
+    def of(
+        cls,
+        versions: list[Version],
+        store: Registry,
+        cache: Path,
+        base: str | None,
+        bits: Any,
+        spec: Any,
+        report: Report,
+    ) -> _Opening:
+        """With the base of the versions, or the one that is asked for."""
+        from peftkit.generation.limits import Limits  # torch: seconds
+        from peftkit.generation.opening import find_base
+
+        found = find_base(versions, cache, base=base, bits=bits, report=report)
+        return cls(found, versions, store, cache, Limits(rows=spec.rows, waiting=spec.waiting), report)
+
     def local(self, other_base: bool) -> Any:
         from peftkit.generation.opening import open_engine
         from peftkit.serving.local import LocalEngine
@@ -150,6 +174,14 @@ def _split(names: list[str]) -> tuple[list[str], list[str]]:
     """Names, each once, and what stands after `--`: arguments of vLLM's."""
     at = next((at for at, name in enumerate(names) if name.startswith("-")), len(names))
     return list(dict.fromkeys(names[:at])), names[at:]
+
+
+def _check_engine(engine: str, arguments: list[str], other_base: bool) -> None:
+    """Raise typer.BadParameter for what the engine that was chosen does not take."""
+    if engine == "peftkit":
+        refuse({"after --": arguments or None}, "only vLLM (--engine vllm) is given arguments of its own")
+    else:
+        refuse({"--other-base": other_base}, "vLLM is given adapters of its base alone")
 
 
 def _key(file: Path | None, option: str, variable: str) -> str | None:
