@@ -193,6 +193,8 @@ def _from_pretrained(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BackboneError(f"{folder} cannot be loaded in {quant.label}: {reason}") from error
     check_absent({*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])}, model, str(folder))
+    if head is not None and head.kind != "seq2seq":
+        model.config.use_cache = False  # a decoder would keep every layer's keys and values for tokens that never come
     return model
 
 

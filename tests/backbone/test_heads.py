@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from headed_lab import HEADS, PAIRS, load, write_bases
+from headed_lab import HEADS, PAIRS, batch_of, examples, load, write_bases
 from safetensors.torch import load_file, save_file
 from tiny_encoders import write_bert, write_image_base
 from transformers import AutoModelForImageClassification
@@ -87,6 +87,15 @@ def test_the_head_is_drawn_from_the_seed(bases: dict[str, Path], base: str, head
     assert bool(drawn) is (head != "seq2seq")
     assert not any(torch.equal(own[0][name], own[2][name]) for name in drawn)
     assert all(torch.equal(own[0][name], own[2][name]) for name in in_files)
+
+
+@pytest.mark.parametrize(("base", "head"), [("llama", "sequence"), ("llama", "span"), ("t5", "token")])
+def test_no_keys_and_values_are_kept_for_tokens_that_never_come(bases: dict[str, Path], base: str, head: str) -> None:
+    backbone = load(bases[base], head)
+    batch = batch_of(backbone, examples(head, [6, 4]))
+    del batch["labels"]
+    with torch.no_grad():
+        assert backbone.model(**batch).get("past_key_values") is None
 
 
 def test_labels_stand_in_the_config(bases: dict[str, Path]) -> None:
