@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftkit.errors import BaseError
@@ -14,6 +14,7 @@ from peftkit.planning.shapes import (
     Experts,
     Linear,
     Shape,
+    TaskHead,
     expert_parameters,
     experts_of,
     linears_of,
@@ -21,7 +22,7 @@ from peftkit.planning.shapes import (
     norms_per_block,
 )
 
-__all__ = ["Architecture", "Experts", "Linear", "architecture"]
+__all__ = ["Architecture", "Experts", "Linear", "TaskHead", "architecture"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,17 @@ class Architecture:
     """Bytes of a number in the base's file; 2 where config.json does not say."""
     final_norm: bool = True
     """Whether a norm stands behind the last block (OPT-350M has none)."""
+    task: TaskHead | None = None
+    """What stands in place of the language head."""
+
+    def with_task(self, task: TaskHead) -> Architecture:
+        """The same blocks under a task's head: there is no language head, and nothing shares the embedding's weight."""
+        return replace(self, task=task, tied=False, head_parameters=0)
+
+    @property
+    def outputs(self) -> int:
+        """Scores that the head gives a token."""
+        return self.task.outputs if self.task else self.vocabulary
 
     @property
     def queries(self) -> int:
@@ -186,7 +198,9 @@ def _family(model_type: str) -> Family:
     raise BaseError(
         f"the memory of a base of model type {model_type!r} cannot be planned: its blocks are not known here",
         expected="one of " + ", ".join(sorted(FAMILIES)),
-        hint=f"if its blocks are those of {near[0]}, say so in model_type" if near else None,
+        hint=f"if its blocks are those of {near[0]}, say so in model_type"
+        if near
+        else "train it without a plan and --budget: the longest rows are tried before the first step",
     )
 
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 from peftkit.planning.architecture import Architecture
 from peftkit.planning.block import forward_pass
 from peftkit.planning.layers import FLOAT32, SIZES
-from peftkit.planning.ranges import Part, Range, exactly
+from peftkit.planning.ranges import NOTHING, Part, Range, exactly
 from peftkit.planning.setting import Setting
 from peftkit.planning.trained import trained
 
@@ -27,7 +27,7 @@ _ROUND = 64  # `generation.rows`: tokens that a row grows by
 
 def evaluated_rows(architecture: Architecture, setting: Setting) -> int:
     """Rows that are measured at once."""
-    bound = LOGITS_BYTES // (setting.evaluation_longest * architecture.vocabulary * BYTES_PER_LOGIT)
+    bound = LOGITS_BYTES // (setting.evaluation_longest * architecture.outputs * BYTES_PER_LOGIT)
     return min(setting.evaluation_batch, max(1, bound))
 
 
@@ -37,14 +37,14 @@ def evaluation_logits(architecture: Architecture, setting: Setting) -> Part:
     share = min(1.0, setting.labelled / setting.longest)
     size = SIZES[setting.compute_dtype]
     each = 2 * FLOAT32 if size == FLOAT32 else size + 2 * FLOAT32  # logits, in float32, and their log-softmax
-    whole = rows * length * architecture.vocabulary * each
-    formula = f"{rows} rows × {length:,} tokens × {architecture.vocabulary:,} × {each} B × labelled share"
+    whole = rows * length * architecture.outputs * each
+    formula = f"{rows} rows × {length:,} tokens × {architecture.outputs:,} × {each} B × labelled share"
     return Part("evaluation logits", Range(int(whole * share), int(whole * share), whole), formula)
 
 
 def answered_rows(setting: Setting) -> int:
     """Answers that are generated at once."""
-    return ANSWERS_PER_ROW * setting.evaluation_batch
+    return ANSWERS_PER_ROW * setting.evaluation_batch if setting.max_new_tokens else 0
 
 
 def kv_cache(architecture: Architecture, setting: Setting) -> Part:
@@ -95,6 +95,8 @@ def measuring(architecture: Architecture, setting: Setting) -> Range:
 def generating(architecture: Architecture, setting: Setting) -> Range:
     """Bytes of answering: some prompts being read beside a cache for all, or the last tokens with the whole cache."""
     size, rows = SIZES[setting.dtype], answered_rows(setting)
+    if not rows:
+        return NOTHING
     length = setting.evaluation_longest + setting.max_new_tokens
     read = min(rows, max(1, PROMPT_TOKENS // setting.evaluation_longest))
     prompts = _cached(architecture, setting, setting.evaluation_longest) + reading(architecture, setting, read)

@@ -97,7 +97,10 @@ class _Search:
         return float(f"{step_seconds(self.architecture, setting, self._machine, tokens).expected:.6g}")
 
     def evaluation_seconds(self, setting: Setting) -> float:
-        work = Workload(0, 0.0, 1, answers=self.start.evaluation_batch)
+        rows = self.start.evaluation_batch
+        work = Workload(0, 0.0, held_out_rows=rows, held_out_tokens=self.start.evaluation_longest)
+        if self.start.max_new_tokens:
+            work = Workload(0, 0.0, answers=rows)
         return evaluation_seconds(self.architecture, setting, self._machine, work).expected
 
     @cached_property

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from peftkit.planning.block import Block
 from peftkit.planning.layers import FLOAT32, Layers
+from peftkit.planning.shapes import TaskHead
 from peftkit.planning.tape import Tensor
 
 LOGITS_BYTES = 1 << 26
@@ -36,11 +37,30 @@ def head(layers: Layers, block: Block, x: Tensor, positions: int) -> Scored:
     """The loss of `positions` labelled tokens."""
     if layers.architecture.final_norm:
         x = layers.norm(x, layers.final)
+    if layers.architecture.task:
+        return _of_task(layers, layers.architecture.task, x)
     states = layers.tape.op([x], positions * layers.architecture.hidden, x.size)
     if not layers.passes.scores_labels:
         return _whole(layers, block, states, positions)
     by_rows = block.table is not None and block.layers.setting.trained_tokens > 0 and layers.architecture.tied
-    return _recomputed(layers, block, states) if by_rows else _closed_form(layers, block, states)
+    again = by_rows or layers.setting.compares_answers
+    return _recomputed(layers, block, states) if again else _closed_form(layers, block, states)
+
+
+def _of_task(layers: Layers, task: TaskHead, states: Tensor) -> Scored:
+    """Scores of every token by a small layer that is trained, and what is made of them in float32."""
+    tape = layers.tape
+    read = layers.dropout(states) if task.dropout else states
+    read = tape.cast(read, layers.compute) if layers.autocast else read
+    tokens = states.numbers // layers.architecture.hidden
+    weight = layers.weight(task.outputs * layers.architecture.hidden, FLOAT32)
+    biases = [layers.weight(task.outputs, FLOAT32)] if task.bias else []
+    saves = [read, weight] if read.needs_grad else [read]
+    scores = tape.op([read, weight, *biases], tokens * task.outputs, read.size, saves=saves)
+    precise = tape.cast(scores, FLOAT32)
+    chances = tape.like(precise, saves_output=True)
+    loss = tape.op([chances], tokens, FLOAT32, saves=[chances])
+    return Scored(loss, chances.bytes, 0)
 
 
 def _whole(layers: Layers, block: Block, states: Tensor, positions: int) -> Scored:
@@ -61,11 +81,7 @@ def _whole(layers: Layers, block: Block, states: Tensor, positions: int) -> Scor
 def _closed_form(layers: Layers, block: Block, states: Tensor) -> Scored:
     """Gradients come with the loss, chunk by chunk; the backward pass multiplies them by the gradient of the loss."""
     architecture, tape, what = layers.architecture, layers.tape, layers.trained
-    weights: list[Tensor] = []
-    if what.head:
-        weights.append(tape.weight(architecture.vocabulary * architecture.hidden, layers.own))
-    elif block.table is not None and architecture.tied:
-        weights.append(block.head_table())
+    weights = _head_weights(layers, block)
     biased = what.head_bias and block.family.head_bias
     biases = [tape.weight(architecture.vocabulary, layers.own)] if biased else []
     inputs = [states, *weights, *biases]
@@ -94,14 +110,22 @@ def _chunk(layers: Layers, states: Tensor, weights: list[Tensor]) -> int:
 
 
 def _recomputed(layers: Layers, block: Block, states: Tensor) -> Scored:
-    """A head that is more than a product: every chunk is checkpointed, and its logits are computed once more."""
+    """Every chunk is checkpointed, and its logits are computed once more: the head is more than a product, or what is
+    made of its likelihoods is known only at the end."""
     architecture, tape = layers.architecture, layers.tape
-    table = block.head_table()
+    weights = _head_weights(layers, block)
     rows = states.numbers // architecture.hidden
     logits = min(rows, chunk_rows(architecture.vocabulary)) * architecture.vocabulary
     making = 3 * FLOAT32 * logits
-    loss = tape.op([states, table], 1, FLOAT32, saves=[states], temporary=making)
-    return Scored(loss, 0, making + table.bytes)
+    loss = tape.op([states, *weights], 1, FLOAT32, saves=[states], temporary=making)
+    return Scored(loss, 0, making + sum(each.bytes for each in weights))  # gradients of two chunks are summed
+
+
+def _head_weights(layers: Layers, block: Block) -> list[Tensor]:
+    """What the head multiplies by, where it is trained."""
+    if layers.trained.head:
+        return [layers.tape.weight(layers.architecture.vocabulary * layers.architecture.hidden, layers.own)]
+    return [block.head_table()] if block.table is not None and layers.architecture.tied else []
 
 
 def _logits(layers: Layers, block: Block, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from peftkit.planning.activations import Activations, activations
 from peftkit.planning.architecture import Architecture
 from peftkit.planning.block import forward_pass
-from peftkit.planning.evaluation import evaluation_logits, generating, kv_cache, measuring
+from peftkit.planning.evaluation import evaluation_logits, generating, kv_cache, measuring, reading
 from peftkit.planning.head import chunk_rows
 from peftkit.planning.layers import SIZES
 from peftkit.planning.passes import training_passes
@@ -114,6 +114,9 @@ def plan_memory(architecture: Architecture, setting: Setting) -> MemoryPlan:
         mapped,
         around,
     ]
+    asked = _total(held) if setting.asks_base else NOTHING
+    if setting.asks_base:
+        parts.insert(-1, Part("asked base", asked, "the weights once more, while the base is asked in words"))
     more = list(kept_beside(architecture, setting))
     parts[len(held) + len(own) : len(held) + len(own)] = more
     resting = _total(held) + own[0].bytes + mapped.bytes
@@ -125,7 +128,7 @@ def plan_memory(architecture: Architecture, setting: Setting) -> MemoryPlan:
     stages = (
         Stage("load", around.bytes + _loading(architecture, setting, _total(held))),
         Stage("train", around.bytes + resting + training),
-        Stage("evaluate", around.bytes + resting + _evaluating(architecture, setting, own)),
+        Stage("evaluate", around.bytes + resting + asked + _evaluating(architecture, setting, own)),
         Stage("save", around.bytes + resting + _saving(architecture, setting, own)),
         Stage("merge", around.bytes + _merging(architecture)),
     )
@@ -149,10 +152,13 @@ def _activation_parts(
     architecture: Architecture, step: Activations, padded: Activations, setting: Setting
 ) -> list[Part]:
     tokens = f"{micro_batch_tokens(setting) * setting.row_copies:,} tokens at once"
-    scored = f"{labelled_tokens(setting) * setting.row_copies:,} labelled tokens"
-    at_once = " × vocabulary × 12 B"
+    scored = f"{labelled_tokens(setting) * setting.row_copies:,} labelled tokens × vocabulary × 12 B"
     if training_passes(architecture, setting).scores_labels:
-        at_once = f", {chunk_rows(architecture.vocabulary):,} of them at once"
+        scored = (
+            f"{labelled_tokens(setting):,} labelled tokens, {chunk_rows(architecture.vocabulary):,} of them at once"
+        )
+    elif architecture.task:
+        scored = f"{tokens} × {architecture.task.outputs:,} scores, and the states that the head reads"
     kept = "every block's input" if setting.gradient_checkpointing else "what every block's backward pass needs"
     if setting.gradient_checkpointing and setting.checkpointed_blocks:
         kept = f"the inputs of {setting.checkpointed_blocks} blocks, and what the others' backward passes need"
@@ -160,7 +166,7 @@ def _activation_parts(
     return [
         Part("activations", on_device, f"{kept}, {tokens}"),
         Part("one block's backward pass", exactly(step.hump), "gradients" + _again(setting) + f", {tokens}"),
-        Part("logits", exactly(step.logits), scored + at_once),
+        Part("logits", exactly(step.logits), scored),
     ]
 
 
@@ -198,6 +204,8 @@ def _training(
 def _evaluating(architecture: Architecture, setting: Setting, own: list[Part]) -> Range:
     """The NLL of held-out rows, or generated answers; in mid-run the optimizer's states are there too."""
     need = measuring(architecture, setting).or_more(generating(architecture, setting))
+    if setting.compares_answers:  # in mid-run both answers of a pair at once
+        need = need.or_more(exactly(reading(architecture, setting, 2 * setting.evaluation_batch)))
     if setting.trunk_cache:  # it is filled before the first step
         tokens = micro_batch_tokens(setting)
         need = need.or_more(exactly(forward_pass(architecture, setting, tokens, setting.longest, 0)))

@@ -30,9 +30,11 @@ def training_passes(architecture: Architecture, setting: Setting) -> Passes:
     """The shortcuts of a run's training steps."""
     if setting.passes == "plain" or setting.method in _VIRTUAL:
         return Passes()
+    fused = setting.method in _FUSED and not setting.lora_dropout
+    if architecture.task:
+        return Passes(fused=fused)
     side_by_side = setting.passes == "padded" or setting.trunk_cache or setting.row_copies > 1
     beyond = bool(architecture.sliding_layers) and setting.longest > architecture.window
     eager = setting.attention == "eager" or architecture.softcapped
     flat = not side_by_side and not beyond and not eager and architecture.model_type not in _PADDED
-    fused = setting.method in _FUSED and not setting.lora_dropout
     return Passes(flat, scores_labels=setting.row_copies == 1, fused=fused)

@@ -67,6 +67,8 @@ class Setting:
     """Every pass computes with mixtures of the trained matrices and those of the start."""
     trunk_cache: bool = False
     """What lies below the lowest trained tensor runs once per row, is kept on the disk, and is not in memory later."""
+    compares_answers: bool = False
+    """Preferences: the loss reads likelihoods of whole answers, and both answers of a pair are one row."""
     micro_batch: int = 1
     """So many of the longest rows go through the model at once: `tokens.micro_batch_tokens` says how many tokens."""
     passes: Literal["plain", "padded", "flat"] = "flat"
@@ -89,6 +91,8 @@ class Setting:
     evaluation_longest: int = 1024
     """Tokens of the longest held-out row, and of the longest prompt that is answered."""
     max_new_tokens: int = 128
-    """Longest generated answer."""
+    """Longest generated answer; 0 where none is generated."""
+    asks_base: bool = False
+    """While rows are measured the base is there once more, with its language head, to be asked in words."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Kind of device; on a CPU the plan is that of the whole process."""

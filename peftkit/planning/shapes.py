@@ -27,6 +27,21 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class TaskHead:
+    """A task's head in the language head's place: one linear layer, trained whole in float32."""
+
+    outputs: int
+    """Scores of a token: labels, tags, or the two ends of a span."""
+    bias: bool
+    dropout: bool
+    """Whether its input is dropped out."""
+
+    def parameters(self, hidden: int) -> int:
+        """Entries of weight and bias over states of this width."""
+        return self.outputs * (hidden + self.bias)
+
+
+@dataclass(frozen=True)
 class Experts:
     """A mixture of experts in the MLP's place; experts are stacked matrices, which nothing quantizes or adapts."""
 

@@ -109,8 +109,10 @@ class Workload:
     """Mean tokens of such a row."""
     answers: int = 0
     """Answers generated at each evaluation, each as long as the setting allows."""
-    cached_rows: int = 0
-    """Training rows that go through the trunk once, before the first step, where the setting caches it."""
+    rows_before: int = 0
+    """Training rows that are read once before the first step: into a trunk's cache, or for what the base gives them."""
+    read_besides: float = 0.0
+    """Tokens that a step reads besides for every row, without gradients: KTO's answers to other prompts."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,18 @@ class TimePlan:
 
 def plan_time(architecture: Architecture, setting: Setting, machine: Machine, workload: Workload) -> TimePlan:
     """The time of a run. Without a held-out row or an answer an evaluation takes no time."""
+
+    def read(rows: int, tokens: float) -> Seconds:
+        work = Workload(0, 0.0, held_out_rows=rows, held_out_tokens=tokens)
+        return evaluation_seconds(architecture, setting, machine, work)
+
     step = step_seconds(architecture, setting, machine, workload.tokens_per_row)
+    if workload.read_besides:
+        step += read(setting.rows_per_step, workload.read_besides)
     evaluation = evaluation_seconds(architecture, setting, machine, workload)
     total = step.times(workload.steps) + evaluation.times(workload.evaluations)
-    if setting.trunk_cache:
-        filling = Workload(0, 0.0, held_out_rows=workload.cached_rows, held_out_tokens=workload.tokens_per_row)
-        total += evaluation_seconds(architecture, setting, machine, filling)
+    if workload.rows_before:
+        total += read(workload.rows_before, workload.tokens_per_row)
     return TimePlan(step, evaluation, total)
 
 
@@ -164,7 +172,7 @@ def training_flops(architecture: Architecture, setting: Setting, length: float) 
     reached = 1 - what.lowest / architecture.layers
     adapter, factors = (0, 0) if setting.method in PARTIAL else products(architecture, setting, what)
     own = _trained_share(architecture, what) * blocks
-    if what.head or (what.embedding and architecture.tied):
+    if what.head or architecture.task or (what.embedding and architecture.tied):
         own += head
     passed = reached if setting.trunk_cache else 1.0
     forward = 2 * (blocks * passed + head + adapter) + attention * passed
@@ -217,7 +225,7 @@ class _Case:
 
     def answer(self, answers: int) -> float:
         """Prompts go through once; then every token reads all weights, and the keys and values before it."""
-        if not answers:
+        if not answers or not self.setting.max_new_tokens:
             return 0.0
         setting, shape = self.setting, self.architecture
         batches = math.ceil(answers / answered_rows(setting))
@@ -260,7 +268,7 @@ def _products(architecture: Architecture, length: float) -> tuple[float, float, 
     if experts := architecture.experts:
         matrices = experts.per_token * 3 * experts.intermediate + experts.count
         blocks += experts.layers * architecture.hidden * matrices
-    head = float(architecture.vocabulary * architecture.hidden)
+    head = float(architecture.outputs * architecture.hidden)
     return blocks, head, 2.0 * length * architecture.queries * architecture.layers
 
 

@@ -72,6 +72,8 @@ def trained(architecture: Architecture, setting: Setting) -> Trained:
     """What a setting trains. Raises BaseError when an ending of target_modules fits no layer."""
     places = setting.target_modules, setting.layers, setting.top_layers, setting.train_head, setting.patterns
     what = _trained(architecture, setting.method, *places)
+    if architecture.task:  # it is trained whatever the method is, and counted by itself
+        what = replace(what, head=False, head_bias=False)
     return replace(what, in_prompt=True) if setting.trained_tokens else what
 
 

@@ -39,7 +39,7 @@ def weights(architecture: Architecture, setting: Setting) -> Iterator[Part]:
     yield from _constants(packed, setting, bits)
     for part, numbers in (
         ("embeddings", architecture.embedding_parameters),
-        ("head", architecture.head_parameters),
+        ("head", architecture.head_parameters + _task_parameters(architecture)),
         ("experts", architecture.expert_parameters),
         ("norms and biases", architecture.norm_parameters + architecture.bias_parameters),
     ):
@@ -85,7 +85,15 @@ def trained_tensors(architecture: Architecture, setting: Setting) -> Iterator[tu
     what = trained(architecture, setting)
     partial = setting.method in PARTIAL
     tensors = chosen_tensors(architecture, what) if partial else adapter_tensors(architecture, setting, what)
-    return ((numbers, count) for numbers, count in tensors if numbers and count)
+    yield from ((numbers, count) for numbers, count in tensors if numbers and count)
+    if task := architecture.task:
+        yield task.outputs * architecture.hidden, 1
+        if task.bias:
+            yield task.outputs, 1
+
+
+def _task_parameters(architecture: Architecture) -> int:
+    return architecture.task.parameters(architecture.hidden) if architecture.task else 0
 
 
 def trained_parameters(architecture: Architecture, setting: Setting) -> int:

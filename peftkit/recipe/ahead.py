@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkit import locations
+from peftkit.base.head import Head
 from peftkit.base.ref import LocatedBase, read_config
 from peftkit.errors import BaseError
 from peftkit.events import Note, Report, Table, Warned
@@ -15,12 +17,12 @@ from peftkit.planning.memory import MemoryPlan
 from peftkit.recipe.forecast import Forecast, forecast
 from peftkit.recipe.groups import Groups
 from peftkit.recipe.lengths import Lengths
+from peftkit.recipe.measuring import Measuring, measuring
 from peftkit.recipe.target import Target
 from peftkit.render import duration, number, size
 from peftkit.runs import RunFolder
 
 if TYPE_CHECKING:
-    from peftkit.data.audit import Audit
     from peftkit.training.passes.paths import Paths
     from peftkit.training.probe import Piece, Probe
     from peftkit.training.schedule import Schedule
@@ -47,7 +49,9 @@ class Ahead:
 
     given: Groups
     located: LocatedBase
-    data: Audit
+    data: Any
+    """What the audit found, of any kind of rows."""
+    head: Head | None
     steps: Schedule
     target: Target
     folder: RunFolder | None
@@ -63,9 +67,10 @@ class Ahead:
         """
         shape = shape_of(self.located)
         if shape is None:
-            self.report(Warned("no plan of memory and time: this base's architecture is not one that peftkit can plan"))
+            fact = "no plan of memory and time: this base's architecture is not one that peftkit can plan"
+            self.report(Note(f"{fact}; the longest rows are tried before the first step"))
             return None
-        found = forecast(shape, self.given, lengths_of(self.data, self.given), self.target)
+        found = forecast(shape, self.given, self._lengths, self.target)
         found.tell(self.report)
         if self.folder is not None and not self.resumed:
             self.folder.write_json("plan.json", found.as_record())
@@ -90,7 +95,7 @@ class Ahead:
         cached = self.given.train.trunk_cache
         lines = _against(found, self._uncached() if plan is not None and cached else plan, tuned, self._without)
         self.report(Table("the longest rows, tried once", ("", "predicted", "measured"), tuple(map(_shown, lines))))
-        times = _times(found, self.given, self.data, self.steps)
+        times = self._times(found)
         total, training, measuring = (duration(t) for t in (sum(times.values()), times["training"], times["measuring"]))
         words = (f"at most {total}", f"at most {training}{self._without}") if cached else (f"about {total}", training)
         self.report(Note(f"the run will take {words[0]}: training {words[1]}, measuring at most {measuring}"))
@@ -107,14 +112,34 @@ class Ahead:
     def _uncached(self) -> Forecast | None:
         shape = shape_of(self.located)
         given = replace(self.given, train=self.given.train.model_copy(update={"trunk_cache": False}))
-        return forecast(shape, given, lengths_of(self.data, given), self.target) if shape is not None else None
+        return forecast(shape, given, self._lengths, self.target) if shape is not None else None
+
+    @cached_property
+    def _lengths(self) -> Lengths:
+        return Lengths.of_run(self.data, self.given, self.head)
+
+    @property
+    def _measuring(self) -> Measuring:
+        rows = len(self.data.held_out.rows)
+        return measuring(self.given.evaluate, rows, has_head=self.head is not None)
+
+    def _times(self, found: Probe) -> dict[str, float]:
+        """Seconds of training, and at most of measuring, from what the longest rows took."""
+        train, measured = self.given.train, self._measuring
+        between = len(self.steps) // train.eval_steps if train.eval_steps else 0
+        answers = measured.answered * measured.contestants * measured.max_new_tokens
+        return {
+            "training": _seconds(found.step, self.steps.tokens),
+            "measuring": _seconds(found.likelihood, self.data.held_out.tokens * (measured.passes + between))
+            + _seconds(found.answers, answers),
+        }
 
     def _tried(self, tuned: Tuned, paths: Paths | None) -> Probe | None:
         from peftkit.training.exhaustion import is_out_of_memory
         from peftkit.training.probe import probe
 
         rows, evaluate = (self.data.train.examples, self.data.held_out.examples), self.given.evaluate
-        answers = _answers(evaluate) > 0
+        answers = self._measuring.answered > 0
         options: dict[str, Any] = {"evaluation_batch": evaluate.batch_size, "answers": answers, "paths": paths}
         try:
             return probe(tuned, *rows, self.given.train, **options)
@@ -130,11 +155,6 @@ class Ahead:
 def weights_held(memory: MemoryPlan) -> int:
     """Bytes of the base's own weights in a plan, as `backbone.quantize.footprint` measures them."""
     return sum(part.bytes.expected for part in memory.parts if part.name in _WEIGHTS)
-
-
-def lengths_of(data: Audit, given: Groups) -> Lengths:
-    """Lengths of a run's rows."""
-    return Lengths.of(data.train.examples, data.held_out.examples, given.train.rows_per_step)
 
 
 def _against(
@@ -169,26 +189,6 @@ def _shown(row: tuple[str, float | None, float, str]) -> tuple[str, str, str]:
     what, predicted, measured, unit = row
     text = size if unit == "bytes" else number
     return what, text(predicted), text(measured)
-
-
-def _times(found: Probe, given: Groups, data: Audit, steps: Schedule) -> dict[str, float]:
-    """Seconds of training, and at most of measuring, from what the longest rows took."""
-    evaluate = given.evaluate
-    answers, contestants = min(_answers(evaluate), len(data.held_out.rows)), 1
-    if answers:
-        answers *= evaluate.max_new_tokens
-        contestants = 2 + bool(evaluate.instructions) + bool(evaluate.shots)
-    between = len(steps) // given.train.eval_steps if given.train.eval_steps else 0
-    return {
-        "training": _seconds(found.step, steps.tokens),
-        "measuring": _seconds(found.likelihood, data.held_out.tokens * (2 + between))
-        + _seconds(found.answers, answers * contestants),
-    }
-
-
-def _answers(evaluate: Any) -> int:
-    """How many answers are generated at the end: none by a task's head, or where answers are compared."""
-    return int(getattr(evaluate, "max_generated_rows", 0))
 
 
 def _seconds(piece: Piece | None, tokens: Any) -> float:

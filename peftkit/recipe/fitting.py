@@ -7,6 +7,8 @@ from typing import Any
 
 from peftkit.base.ref import LocatedBase, read_config
 from peftkit.config import Resolved
+from peftkit.data.spec import DataSpec
+from peftkit.errors import ConfigError
 from peftkit.events import Decision, Note, Report
 from peftkit.planning.architecture import Architecture, architecture
 from peftkit.planning.concessions import FIELDS
@@ -36,10 +38,16 @@ def fitted(
 
     `adapter` is what will be trained: that of a parent, where the settings name one. What the command line or a file
     sets stays, the number of rows at once apart. `shorter` consents to shorter rows.
-    Raises TrainingError when nothing fits.
+    Raises TrainingError when nothing fits, ConfigError for consent to cut rows that are never cut.
     """
     assert target.bytes is not None  # a budget was given
     given = replace(groups(resolved.config), adapter=adapter)
+    if shorter and not isinstance(given.data, DataSpec):
+        raise ConfigError(
+            ["--allow-shorter cuts conversations; rows with a label, and answers that are compared, stay whole"],
+            hint="set data.max_length, and data.too_long as peftkit recipes show says",
+        )
+    architecture = lengths.headed(architecture)
     before = setting_of(architecture, given, lengths, target)
     found = fit(
         architecture,

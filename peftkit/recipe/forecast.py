@@ -18,8 +18,10 @@ from peftkit.planning.time import TimePlan, Workload, plan_time
 from peftkit.planning.tokens import micro_batch_tokens
 from peftkit.recipe.groups import Groups
 from peftkit.recipe.lengths import Lengths
+from peftkit.recipe.measuring import measuring
 from peftkit.recipe.target import Target
 from peftkit.render import duration, number, size
+from peftkit.training.preference.spec import PreferenceTrainSpec
 from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.tuning.layers import chosen_layers
 from peftkit.tuning.methods import AdapterSpec
@@ -108,6 +110,7 @@ def forecast(
     architecture: Architecture, given: Groups, lengths: Lengths, target: Target, *, base_present: bool = True
 ) -> Forecast:
     """Plan memory, time and disk of a run. Raises BaseError when target_modules fit no layer."""
+    architecture = lengths.headed(architecture)
     setting = setting_of(architecture, given, lengths, target)
     steps = _steps(given, lengths)
     return Forecast(
@@ -126,7 +129,7 @@ def forecast(
             cached_tokens=_cached_tokens(lengths),
             merged=True,  # what `peftkit merge` would write later; a run does not, so its disk is not checked
         ),
-        _assumed(given, target),
+        _assumed(given, setting),
     )
 
 
@@ -139,6 +142,7 @@ def setting_of(architecture: Architecture, given: Groups, lengths: Lengths, targ
     quant, train = given.quant, given.train
     compute = quant.planned_compute_dtype(target.capability)
     plain = compute if quant.dtype == "auto" else quant.dtype
+    measured = measuring(given.evaluate, lengths.held_out_rows, has_head=lengths.task is not None)
     return Setting(
         **what_is_trained(architecture, given.adapter),
         **what_regularizers_hold(train.regularize),
@@ -158,15 +162,21 @@ def setting_of(architecture: Architecture, given: Groups, lengths: Lengths, targ
         labelled=min(lengths.labelled, lengths.longest),
         evaluation_batch=given.evaluate.batch_size,
         evaluation_longest=lengths.held_out_longest,
-        max_new_tokens=given.evaluate.max_new_tokens if given.evaluate.max_generated_rows else 0,
+        max_new_tokens=measured.max_new_tokens,
+        asks_base=measured.asks_base,
+        compares_answers=isinstance(train, PreferenceTrainSpec),
         device=target.device,
     )
 
 
-def _assumed(given: Groups, target: Target) -> tuple[str, ...]:
-    if given.quant.compute_dtype != "measured" or given.quant.bits == 32 or target.device != "cpu":
-        return ()
-    return ("planned in float32, which takes more: quant.compute_dtype=measured is decided when the base is loaded",)
+def _assumed(given: Groups, setting: Setting) -> tuple[str, ...]:
+    said = []
+    if given.quant.compute_dtype == "measured" and given.quant.bits != 32 and setting.device == "cpu":
+        measured = "quant.compute_dtype=measured is decided when the base is loaded"
+        said.append(f"planned in float32, which takes more: {measured}")
+    if setting.asks_base:
+        said.append("evaluate.shots loads the base once more to ask it in words; prompts may be longer than rows")
+    return tuple(said)
 
 
 def what_is_trained(architecture: Architecture, adapter: AdapterSpec) -> dict[str, Any]:
@@ -241,12 +251,21 @@ def _steps(given: Groups, lengths: Lengths) -> int | None:
 
 
 def _workload(given: Groups, lengths: Lengths, steps: int | None) -> Workload:
-    evaluate = given.evaluate
-    between = (steps or 0) // given.train.eval_steps if given.train.eval_steps else 0
-    baselines = 2 + bool(evaluate.instructions) + bool(evaluate.shots)
-    answers = min(evaluate.max_generated_rows, lengths.held_out_rows)
-    measured, tokens = lengths.held_out_rows, lengths.held_out_mean
-    return Workload(steps or 0, lengths.mean, baselines + between, measured, tokens, answers, lengths.rows or 0)
+    train, rows = given.train, lengths.rows or 0
+    between = (steps or 0) // train.eval_steps if train.eval_steps else 0
+    measured = measuring(given.evaluate, lengths.held_out_rows, has_head=lengths.task is not None)
+    preferences = train if isinstance(train, PreferenceTrainSpec) else None
+    scored_before = preferences is not None and preferences.compares_with_base
+    return Workload(
+        steps or 0,
+        lengths.mean,
+        evaluations=max(measured.passes, measured.contestants) + between,
+        held_out_rows=lengths.held_out_rows,
+        held_out_tokens=lengths.held_out_mean,
+        answers=measured.answered,
+        rows_before=rows if train.trunk_cache or scored_before else 0,
+        read_besides=lengths.mean if preferences is not None and preferences.loss == "kto" else 0.0,
+    )
 
 
 def _cached_tokens(lengths: Lengths) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 
 from peftkit.backbone.locate import locate
 from peftkit.backbone.upload import agree_with_upload
-from peftkit.base.ref import longest_sequence, read_config
+from peftkit.base.ref import LocatedBase, longest_sequence, read_config
 from peftkit.config import Resolved
+from peftkit.data.spec import DataSpec
 from peftkit.events import Note, Report, Warned, silent
 from peftkit.planning.architecture import architecture
 from peftkit.recipe.fitting import fitted
@@ -18,7 +19,6 @@ from peftkit.recipe.groups import Groups, groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.target import Target
 from peftkit.recipe.to_train import groups_to_train
-from peftkit.recipe.work import check_planned
 from peftkit.registry.store import Registry
 
 
@@ -38,35 +38,41 @@ def outlook(
     DataError for rows that cannot be used, TrainingError when nothing fits, and what a run refuses before it loads.
     """
     given = groups_to_train(resolved, registry)
-    check_planned(given.data)
     located = locate(given.base, cache, report, weights=False)
     config = read_config(located.folder)
     agree_with_upload(given.quant, config, located.source)
     shape = architecture(config)
     if "vision_config" in config:
         report(Warned("the plan is that of the language model alone: this base sees images too", None))
-    lengths = _lengths(given, located.folder, cache, report)
+    lengths = _lengths(given, located, cache, registry, report)
     if fit:
         resolved = fitted(resolved, given.adapter, shape, lengths, target, report, shorter=shorter)
     planned = replace(groups(resolved.config), adapter=given.adapter)
     return forecast(shape, planned, _cut(lengths, resolved), target), resolved
 
 
-def _lengths(given: Groups, folder: Path, cache: Path, report: Report) -> Lengths:
-    limit = longest_sequence(read_config(folder))
-    if given.data.train is None and not given.data.mixture:
-        lengths = Lengths.assumed(given.data.max_length)
+def _lengths(given: Groups, located: LocatedBase, cache: Path, registry: Registry, report: Report) -> Lengths:
+    if given.data.train is None and not getattr(given.data, "mixture", None):
+        lengths = Lengths.assumed(given.data)
         why = "data.max_length" if given.data.max_length else "no data.train and no data.max_length"
         report(Note(f"rows are taken to have {lengths.longest:,} tokens ({why})"))
         return lengths
-    from peftkit.base.tokenizer import load_tokenizer
-    from peftkit.data.audit import audit
+    if isinstance(given.data, DataSpec):  # without what trains: a plan starts in a second
+        from peftkit.base.tokenizer import load_tokenizer
+        from peftkit.data.audit import audit
 
-    data = audit(given.data, load_tokenizer(folder), limit, report, cache)
-    return Lengths.of(data.train.examples, data.held_out.examples, given.train.rows_per_step)
+        limit = longest_sequence(read_config(located.folder))
+        data: Any = audit(given.data, load_tokenizer(located.folder), limit, report, cache)
+        return Lengths.of_run(data, given, None)
+    from peftkit.recipe.work import Place, work_for
+
+    work = work_for(given.data)
+    data = work.audit(Place(located, cache, registry, report), given.data, given.evaluate)
+    return Lengths.of_run(data, given, work.head(data))
 
 
 def _cut(lengths: Lengths, resolved: Resolved[Any]) -> Lengths:
     """The rows as a fit with consent would cut them."""
-    limit = groups(resolved.config).data.max_length
-    return lengths if limit is None else lengths.at_most(limit)
+    data = groups(resolved.config).data
+    cut = isinstance(data, DataSpec) and data.max_length
+    return lengths.at_most(cut) if cut else lengths

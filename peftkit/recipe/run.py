@@ -102,17 +102,16 @@ class Run:
         Raises TrainingError when nothing fits, ConfigError for a recipe that cannot be planned or a wrong size, and
         what `to_train` raises for settings that do not go together.
         """
-        from peftkit.recipe.ahead import lengths_of
         from peftkit.recipe.fitting import fitted, known_shape
+        from peftkit.recipe.lengths import Lengths
         from peftkit.recipe.target import this_machine
         from peftkit.recipe.to_train import groups_to_train
-        from peftkit.recipe.work import check_planned
 
         given = groups_to_train(self.resolved, self.registry, resumed=self.start is not None)
-        check_planned(given.data)
         self.target = this_machine(given.quant, budget)
-        lengths = lengths_of(self.audit(given.base, given.data), given)
-        shape = known_shape(self._located)
+        self.audit(given.base, given.data)
+        data, work = self._audited()
+        lengths, shape = Lengths.of_run(data, given, work.head(data)), known_shape(self._located)
         self.resolved = fitted(self.resolved, given.adapter, shape, lengths, self.target, self.report)
 
     def plan(
@@ -134,7 +133,6 @@ class Run:
         from peftkit.recipe.target import this_machine
         from peftkit.recipe.to_train import to_train
         from peftkit.recipe.tune import load_tuned
-        from peftkit.recipe.work import planned
         from peftkit.training.schedule import schedule
 
         data, work = self._audited()
@@ -147,8 +145,8 @@ class Run:
         assert self._located is not None  # audit has found the base
         steps, target = schedule(rows, train), self.target or this_machine(quant)
         places = self.folder, self.registry.root
-        ahead = Ahead(given, self._located, data, steps, target, *places, self.start is not None, self.report)
-        plan = ahead.plan() if planned(given.data) else None
+        ahead = Ahead(given, self._located, data, head, steps, target, *places, self.start is not None, self.report)
+        plan = ahead.plan()
         options: dict[str, Any] = {"head": head, "other_base": self.other_base, "report": self.report}
         options["prepare"] = lambda backbone: work.prepare(self._place(), backbone, way)
         tuned = load_tuned(what, base, self._located, rows, self.cache, **options)

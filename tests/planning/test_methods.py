@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from plan_lab import CLOSE, check_terms, planned_terms, step_terms
 from tiny_bases import write_base, write_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -22,7 +22,6 @@ from peftkit.backbone.quantize import footprint
 from peftkit.backbone.spec import QuantSpec
 from peftkit.base.ref import BaseSpec, read_config
 from peftkit.data.chat import IGNORED, Example
-from peftkit.generation.forward import autocast
 from peftkit.planning.activations import activations
 from peftkit.planning.architecture import architecture
 from peftkit.planning.concessions import BITS_OF, choices
@@ -34,27 +33,20 @@ from peftkit.planning.time import training_flops
 from peftkit.planning.weights import trained_parameters
 from peftkit.recipe.ahead import weights_held
 from peftkit.recipe.forecast import what_is_trained, what_regularizers_hold
-from peftkit.training.holdings import held
-from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations
 from peftkit.training.objective import objective
 from peftkit.training.passes.trying import paths_for
 from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.spec import TrainSpec
-from peftkit.training.step import Step
 from peftkit.tuning.inject import inject
 from peftkit.tuning.methods import METHODS, AdapterSpec
 from peftkit.tuning.partial import dense_layers, partial_names
 
 MODELS = json.loads((Path(__file__).parents[2] / "benchmarks" / "published_memory.json").read_text())["models"]
 SMOLLM2 = MODELS["smollm2-135m"]
-BLOCKS, ROWS, TOKENS, CLOSE = 5, 2, 64, 0.05
+BLOCKS, ROWS, TOKENS = 5, 2, 64
 LLAMA = {"num_hidden_layers": BLOCKS, "hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4,
          "num_key_value_heads": 2}  # fmt: skip
-WEIGHTS = (
-    "linear layers", "unpacked linear layers", "quantization constants", "code tables", "embeddings", "head",
-    "norms and biases", "adapter", "trained copies",
-)  # fmt: skip
 SPECS: list[dict[str, Any]] = [
     {"method": "lora", "r": 8},
     {"method": "lora", "r": 8, "layers": "0,2,4"},
@@ -140,47 +132,16 @@ def made_rows(count: int, length: int) -> list[Example]:
     return [Example(ids, [IGNORED, *ids[1:]], 1, index, f"made:{index}") for index, ids in enumerate(rows)]
 
 
-def bytes_of(*models: Any) -> int:
-    """Bytes of all storages that the models hold, each once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for m in models for tensor in held(m)}
-    return sum(storage.nbytes() for storage in storages.values())
-
-
 def measured(folder: Path, cell: Cell, cache: Path) -> dict[str, int]:
-    """The terms of a real step: the second of a run, since the first makes the optimizer's state."""
-    spec = cell.spec
-    dense = dense_layers(spec)
+    """The terms of a real step."""
     quant = QuantSpec(bits=cell.bits, compute_dtype=cell.compute, device="cpu")  # type: ignore[arg-type]
-    backbone = load_backbone(BaseSpec(source=str(folder)), quant, cache, dense=dense)
-    tuned = inject(backbone, spec)
+    backbone = load_backbone(BaseSpec(source=str(folder)), quant, cache, dense=dense_layers(cell.spec))
+    tuned = inject(backbone, cell.spec)
     around = objective(tuned, cell.regularize)
     if cell.checkpointing:
         checkpoint_activations(tuned, cell.blocks)
-    tuned.model.train()
-    optimizer = torch.optim.AdamW(tuned.trainable.values(), foreach=False)
     paths = paths_for(tuned, TrainSpec(regularize=cell.regularize))
-
-    def step(rows: int, tokens: int) -> None:
-        options: dict[str, Any] = {"pad_id": 2, "device": torch.device("cpu"), "objective": around, "paths": paths}
-        forward = lambda: autocast(torch.device("cpu"), backbone.placement.compute_dtype)  # noqa: E731
-        Step(tuned.model, made_rows(rows, tokens), forward=forward, **options).run(rows * tokens)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    step(1, 8)
-    gc.collect()
-    # What the skeleton of a partial fine-tune has copies of is in the backbone's own model too.
-    weights, seen = bytes_of(backbone.model, tuned.model), bytes_of(tuned.model)
-    with Ledger(tuned.model, optimizer) as ledger:
-        step(ROWS, TOKENS)
-    account = ledger.account()
-    return {
-        "weights": weights,
-        "gradients": account.gradients,
-        "optimizer": account.optimizer,
-        "kept": account.kept - account.kept_by["outside"],  # the plan counts the loss with the logits
-        "peak": account.before + account.peak + weights - seen,
-    }
+    return step_terms(tuned, made_rows(ROWS, TOKENS), around, paths)
 
 
 def setting_of(folder: Path, cell: Cell) -> Setting:
@@ -194,18 +155,7 @@ def setting_of(folder: Path, cell: Cell) -> Setting:
 
 
 def planned(folder: Path, cell: Cell) -> dict[str, int]:
-    plan = plan_memory(architecture(read_config(folder)), setting_of(folder, cell))
-    parts = {part.name: part.bytes.expected for part in plan.parts}
-    # The run's allocator and its penalties have these, not the model.
-    apart = ("context", "mapped file", "scores of ranks", "where training began")
-    beside = sum(parts.get(name, 0) for name in apart)
-    return {
-        "weights": sum(parts.get(name, 0) for name in WEIGHTS),
-        "gradients": parts["gradients"],
-        "optimizer": parts["optimizer"],
-        "kept": parts["activations"],
-        "peak": plan.stage("train").bytes.expected - beside,
-    }
+    return planned_terms(architecture(read_config(folder)), setting_of(folder, cell))
 
 
 def highest(folder: Path, cell: Cell) -> int:
@@ -215,9 +165,7 @@ def highest(folder: Path, cell: Cell) -> int:
 
 
 def check(folder: Path, cell: Cell, cache: Path) -> None:
-    plan, real = planned(folder, cell), measured(folder, cell, cache)
-    errors = {name: plan[name] / real[name] - 1 for name in real}
-    assert all(abs(error) <= CLOSE for error in errors.values()), errors
+    check_terms(planned(folder, cell), measured(folder, cell, cache))
 
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 259, "n_embd": 128, "n_layer": BLOCKS, "n_head": 4, "n_positions": 128,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 
 from peftkit import locations
 from peftkit.errors import BackboneError, ConfigError, OutOfMemory, RunError, TrainingError, TuningError
-from peftkit.events import Decision, Event, Note, Warned
+from peftkit.events import Decision, Event, Note
 from peftkit.planning.architecture import architecture
 from peftkit.recipe import Result, configure, execute, find, load
 from peftkit.recipe import ahead as ahead_module
@@ -61,8 +61,8 @@ def go(settings: list[str], report: Callable[[Event], None] = lambda event: None
     return execute(recipe, configure(recipe, overrides=settings), report=report, **options)
 
 
-def plan(base: Path, target: Target, *overrides: str, **options: Any) -> Any:
-    resolved = configure(load(find("qlora_sft")), overrides=[f"base={base}", *overrides])
+def plan(base: Path, target: Target, *overrides: str, recipe: str = "qlora_sft", **options: Any) -> Any:
+    resolved = configure(load(find(recipe)), overrides=[f"base={base}", *overrides])
     return outlook(resolved, locations.cache_root().path, registry(), target, **options)
 
 
@@ -139,7 +139,8 @@ def test_a_budget_lowers_no_bits_that_the_parent_is_not_trained_over(config_8b: 
         outlook(resolved, *places, fit=True)
 
 
-def test_planning_starts_light(config_8b: Path) -> None:
+@pytest.mark.parametrize("recipe", ["qlora_sft", "text_classification", "dpo"])
+def test_planning_starts_light(config_8b: Path, recipe: str) -> None:
     heavy = "{'torch', 'transformers', 'peft', 'safetensors'}"
     settings = f"base={config_8b}", "data.max_length=512"
     script = (
@@ -147,13 +148,52 @@ def test_planning_starts_light(config_8b: Path) -> None:
         "from peftkit.recipe import configure, find, load\nfrom peftkit.recipe.outlook import outlook\n"
         "from peftkit.recipe.groups import groups\nfrom peftkit.recipe.target import card\n"
         "from peftkit.registry.store import Registry\n"
-        f"resolved = configure(load(find('qlora_sft')), overrides={settings!r})\n"
+        f"resolved = configure(load(find({recipe!r})), overrides={settings!r})\n"
         "target = card(groups(resolved.config).quant, None, '12GB')\n"
         "outlook(resolved, Path('cache'), Registry(Path('registry')), target)\n"
         f"sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_tasks_head_stands_in_place_of_the_language_head(config_8b: Path) -> None:
+    target, settings = (
+        card(quant(), "RTX 3060 12GB", None),
+        ["data.max_length=512", "train.per_device_train_batch_size=1"],
+    )
+    answers, _ = plan(config_8b, target, *settings)
+    labels, _ = plan(config_8b, target, *settings, recipe="text_classification")
+    assert answers.memory.part("head").bytes.expected == 2 * 128256 * 4096
+    assert labels.memory.part("head").bytes.expected == 2 * 2 * 4096
+    assert labels.setting.max_new_tokens == 0
+    assert labels.memory.part("logits").bytes.expected < answers.memory.part("logits").bytes.expected
+    written, _ = plan(config_8b, target, *settings, recipe="translation")  # texts are written by the language head
+    assert written.memory.part("head").bytes.expected == 2 * 128256 * 4096
+    assert written.setting.max_new_tokens == 128
+    asked, _ = plan(config_8b, target, *settings, "evaluate.shots=4", recipe="text_classification")
+    assert asked.memory.stage("evaluate").bytes.low > 2 * labels.memory.part("linear layers").bytes.expected
+    assert "loads the base once more" in " ".join(asked.assumed)
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "orpo", "kto"])
+def test_a_pair_is_a_row_of_two_answers(config_8b: Path, recipe: str) -> None:
+    found, _ = plan(config_8b, card(quant(), "RTX 3060 12GB", None), "data.max_length=512", recipe=recipe)
+    assert found.setting.compares_answers
+    assert found.setting.longest == (512 if recipe == "kto" else 1024)
+    assert found.setting.evaluation_longest == 512
+    assert found.setting.max_new_tokens == 0
+
+
+@pytest.mark.parametrize("recipe", ["token_classification", "dpo"])
+def test_a_budget_fits_tasks_and_preferences_and_cuts_no_row_of_theirs(config_8b: Path, recipe: str) -> None:
+    target = card(quant(), None, "12GB")
+    batch = ["train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=2", "data.max_length=2048"]
+    found, changed = plan(config_8b, target, *batch, recipe=recipe, fit=True)
+    assert max(stage.bytes.high for stage in found.memory.stages) <= 12e9
+    assert changed.config.train.rows_per_step == 16
+    with pytest.raises(ConfigError, match="--allow-shorter cuts conversations"):
+        plan(config_8b, target, *batch, recipe=recipe, fit=True, shorter=True)
 
 
 def test_a_card_is_never_larger_than_it_is(config_8b: Path) -> None:
@@ -306,4 +346,4 @@ def test_a_base_that_no_plan_knows_is_trained_without_one(settings: list[str], m
     monkeypatch.setattr(ahead_module, "shape_of", lambda located: None)
     said: list[Event] = []
     assert go(settings, said.append).saved_as is not None
-    assert any("no plan of memory and time" in event.text for event in said if isinstance(event, Warned))
+    assert any("no plan of memory and time" in event.text for event in said if isinstance(event, Note))

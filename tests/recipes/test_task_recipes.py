@@ -16,7 +16,7 @@ from tiny_encoders import write_bert, write_image_base, write_photographs
 
 from peftkit import locations
 from peftkit.cli.main import main
-from peftkit.errors import ConfigError, PeftkitError, TrainingError
+from peftkit.errors import BaseError, PeftkitError, TrainingError
 from peftkit.events import Event, Progress
 from peftkit.recipe import Interrupted, Result, configure, execute, find, load
 from peftkit.recipe.resume import recipe_and_settings
@@ -71,6 +71,7 @@ def write_rows(folder: Path, task: str, count: int = 16, seed: int = 0) -> Path:
 
 
 Go = Callable[..., Result]
+Capture = pytest.CaptureFixture[str]
 SMALL = [
     "data.held_out_share=0.25", "train.max_steps=2", "train.per_device_train_batch_size=2",
     "train.gradient_accumulation_steps=2", "evaluate.resamples=100",
@@ -223,8 +224,27 @@ def test_going_on_keeps_the_labels(go: Go, bases: dict[str, Path], tmp_path: Pat
         go("text_classification", bases["bert"], "init_from=task", data=other)
 
 
-def test_a_budget_is_refused_and_a_dry_run_leaves_nothing(go: Go, bases: dict[str, Path]) -> None:
-    with pytest.raises(ConfigError, match="are probed, and not planned"):
+def test_a_run_keeps_its_plan_and_its_probe(go: Go, bases: dict[str, Path]) -> None:
+    go("token_classification", bases["llama"], budget="3GB")
+    (run,) = list_runs(locations.runs_root().path)
+    kept = json.loads((run.path / "plan.json").read_text())
+    assert kept["lengths"]["task"] == {"outputs": 3, "bias": True, "dropout": True}
+    rows = {row["what"]: row for row in json.loads((run.path / "probe.json").read_text())["rows"]}
+    assert rows["weights"]["predicted"] == pytest.approx(rows["weights"]["measured"], rel=0.05)
+
+
+def test_a_plan_counts_the_rows_of_a_file(bases: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    rows = write_rows(tmp_path, "extractive_qa")
+    asked = ["extractive_qa", f"base={bases['llama']}", f"data.train={rows}", "--budget", "8GB", "--json"]
+    assert main(["plan", *asked]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out)
+    assert found["lengths"]["task"]["outputs"] == 2
+    assert found["lengths"]["rows"] == 14
+
+
+def test_an_encoder_is_not_planned_and_a_dry_run_leaves_nothing(go: Go, bases: dict[str, Path]) -> None:
+    with pytest.raises(BaseError, match="'bert' cannot be planned"):
         go("text_classification", bases["bert"], budget="1GB")
     assert main(["plan", "text_classification", f"base={bases['bert']}"]) == 1
     before = len(list_runs(locations.runs_root().path))

@@ -1,5 +1,5 @@
 """What a kind of rows does at each of a run's verbs: conversations, tasks, preferences."""
 
-from peftkit.recipe.work.kinds import Work, check_planned, planned, work_for
+from peftkit.recipe.work.kinds import Place, Work, work_for
 
-__all__ = ["Work", "check_planned", "planned", "work_for"]
+__all__ = ["Place", "Work", "work_for"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from peftkit.base.head import Head
 from peftkit.data.spec import DataSpec
-from peftkit.errors import ConfigError, RunError
+from peftkit.errors import RunError
 from peftkit.events import Report
 
 if TYPE_CHECKING:
@@ -73,22 +73,6 @@ class Work(Protocol):
 
     def sources(self, comparison: Any) -> Sequence[dict[str, Any]]:
         """Further texts that something was measured on, for the manifest."""
-
-
-def planned(data: Spec) -> bool:
-    """Whether memory and time can be planned from the lengths of rows of this kind; told without loading torch."""
-    return isinstance(data, DataSpec)
-
-
-def check_planned(data: Spec) -> None:
-    """Raise ConfigError for rows whose memory and time are not planned."""
-    if not planned(data):
-        raise ConfigError(
-            ["memory and time of a run with a task's head, or with pairs of answers, are probed, and not planned"],
-            where="what can be planned",
-            hint="peftkit train … tries the longest rows before the first step; data.max_length and "
-            "train.per_device_train_batch_size make a run smaller",
-        )
 
 
 def work_for(data: Spec) -> Work:
