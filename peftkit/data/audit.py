@@ -5,54 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.audited import AuditOf, longest_allowed
 from peftkit.data.encoded_key import digest_rows
 from peftkit.data.encoded_store import EncodedStore
-from peftkit.data.findings.finding import Finding, Seen, Tally
-from peftkit.data.findings.told import counts, heed, stopping, tell, token_line
+from peftkit.data.findings.finding import Seen, Tally
+from peftkit.data.findings.told import counts, heed, tell, token_line
 from peftkit.data.formats import load_rows
 from peftkit.data.overlap import highest_overlap
 from peftkit.data.part import Encoding, Part, attempt, encode
 from peftkit.data.sides import divide, read_sides
 from peftkit.data.spec import DataSpec, recorded_rendering
 from peftkit.data.template import Rendering
-from peftkit.events import Note, Report, Warned, silent
+from peftkit.events import Note, Report, silent
 
 
-@dataclass(frozen=True)
-class Audit:
-    """The data of a run, ready to train on and to measure with."""
+@dataclass(frozen=True, kw_only=True)
+class Audit(AuditOf[Part]):
+    """Conversations and texts, and how they are rendered."""
 
-    train: Part
-    held_out: Part
     rendering: Rendering
-    overlap: float
-    """Highest share of a held-out prompt's word 8-grams that occur anywhere in the training prompts."""
-    findings: tuple[Finding, ...] = ()
-    """What is wrong or worth knowing: errors first."""
-
-    @property
-    def errors(self) -> tuple[Finding, ...]:
-        """The findings that stop a run."""
-        return stopping(self.findings)
-
-    @property
-    def tokens(self) -> dict[str, Any]:
-        """Tokens per sequence: counts between edges."""
-        from peftkit.data.findings.lengths import histogram
-
-        return histogram(self.train.examples, self.held_out.examples)
-
-    def record(self) -> dict[str, Any]:
-        """What `audit.json` of a run holds. Its excerpts come from the rows, so it stays in the run's folder."""
-        return {
-            "findings": [finding.record() for finding in self.findings],
-            "tokens": self.tokens,
-            "parts": [self.train.record(), self.held_out.record()],
-            "overlap": self.overlap,
-        }
 
 
 def audit(
@@ -80,9 +53,7 @@ def inspect(
     sides = read_sides(spec, report)
     train_rows, held_rows = sides.train, sides.held_out
     against = load_rows(spec.against) if spec.against else None
-    length = min(filter(None, (spec.max_length, limit)), default=None)
-    if spec.max_length and limit and spec.max_length > limit:
-        report(Warned(f"data.max_length={spec.max_length} is above the base's longest sequence, so {limit} holds"))
+    length = longest_allowed(spec.max_length, limit, report)
     other = (Path(against.source).name, against.rows) if against else None
     store = EncodedStore(cache, report) if cache is not None and spec.cache else None
     digests = (digest_rows(train_rows), digest_rows(held_rows)) if store is not None else ("", "")
@@ -100,7 +71,8 @@ def inspect(
     for encoding in (train, held):
         losses(encoding, spec, length, tally)
     check_all([(rows.part.rows, rows.part.examples) for rows in (train, held)], tokenizer, tally)
-    result = Audit(train.part, held.part, spec.rendering, overlap, tally.findings(spec.accept))
+    parts = {"train": train.part, "held_out": held.part}
+    result = Audit(**parts, rendering=spec.rendering, overlap=overlap, findings=tally.findings(spec.accept))
     report_counts(result, report)
     return result
 

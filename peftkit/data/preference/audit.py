@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.audited import AuditOf, longest_allowed
 from peftkit.data.encoded_key import digest_rows
 from peftkit.data.encoded_store import EncodedStore
 from peftkit.data.findings.finding import Finding, Seen, Tally
-from peftkit.data.findings.told import counts, heed, heed_measured, stopping, tell
+from peftkit.data.findings.told import counts, heed, heed_measured, tell
 from peftkit.data.formats import Row
 from peftkit.data.overlap import highest_overlap
 from peftkit.data.preference.encode import PreferenceEncoding, contrasted, encode_preferences
@@ -24,7 +25,7 @@ from peftkit.data.preference.spec import PreferenceSpec
 from peftkit.data.split import split
 from peftkit.data.template import Rendering
 from peftkit.errors import DataError
-from peftkit.events import Note, Report, Warned, silent
+from peftkit.events import Note, Report, silent
 
 _MOSTLY_LONGER = 0.65
 """Share of pairs from which on "prefer the longer answer" is the rule that is easiest to learn (arXiv 2403.19159)."""
@@ -32,28 +33,17 @@ _FEWEST = 20
 """Pairs from which on such a share says anything."""
 
 
-@dataclass(frozen=True)
-class PreferenceAudit:
-    """The data of a preference run, ready to train on and to measure with."""
+@dataclass(frozen=True, kw_only=True)
+class PreferenceAudit(AuditOf[PreferencePart]):
+    """Preferences, and how they are rendered; the words that are looked at are those of the better answers."""
 
-    train: PreferencePart
-    held_out: PreferencePart
     rendering: Rendering
-    overlap: float
-    """Highest share of a held-out prompt's word 8-grams that occur anywhere in the training prompts."""
     lengths: dict[str, float]
     """Of the training rows: mean answer tokens of both sides, and the share of pairs whose better answer is longer."""
-    findings: tuple[Finding, ...] = ()
-    """What is wrong or worth knowing: errors first. The words that are looked at are those of the better answers."""
-
-    @property
-    def errors(self) -> tuple[Finding, ...]:
-        """The findings that stop a run."""
-        return stopping(self.findings)
 
     @property
     def tokens(self) -> dict[str, Any]:
-        """Tokens per sequence: counts between edges."""
+        """Tokens per sequence, of which a pair has two: counts between edges."""
         from peftkit.data.findings.lengths import histogram
 
         parts = (self.train, self.held_out)
@@ -61,13 +51,7 @@ class PreferenceAudit:
 
     def record(self) -> dict[str, Any]:
         """What `audit.json` of a run holds. Its excerpts come from the rows, so it stays in the run's folder."""
-        return {
-            "findings": [finding.record() for finding in self.findings],
-            "tokens": self.tokens,
-            "parts": [self.train.record(), self.held_out.record()],
-            "overlap": self.overlap,
-            "lengths": self.lengths,
-        }
+        return {**super().record(), "lengths": self.lengths}
 
 
 def audit_preference(
@@ -91,9 +75,7 @@ def inspect_preference(
     from peftkit.data.findings.lengths import check_all
 
     sides = _sides(spec, report)
-    length = min(filter(None, (spec.max_length, limit)), default=None)
-    if spec.max_length and limit and spec.max_length > limit:
-        report(Warned(f"data.max_length={spec.max_length} is above the base's longest sequence, so {limit} holds"))
+    length = longest_allowed(spec.max_length, limit, report)
     better, better_held = (_better(rows) for rows, _ in sides)
     store = EncodedStore(cache, report) if cache is not None else None
     digests = (digest_rows(better), digest_rows(better_held)) if store is not None else ("", "")
@@ -114,7 +96,14 @@ def inspect_preference(
     lengths = answer_lengths(train.part.examples)
     found = [_not_cut(finding) for finding in tally.findings(spec.accept)]
     findings = tuple(sorted((*found, *_length_bias(lengths)), key=_order))
-    result = PreferenceAudit(train.part, held.part, spec.rendering, overlap, lengths, findings)
+    result = PreferenceAudit(
+        train=train.part,
+        held_out=held.part,
+        rendering=spec.rendering,
+        overlap=overlap,
+        lengths=lengths,
+        findings=findings,
+    )
     _report_counts(result, report)
     return result
 
@@ -126,7 +115,7 @@ def encode_measured(
 
     Raises DataError with every row that cannot be used.
     """
-    length = min(filter(None, (spec.max_length, limit)), default=None)
+    length = longest_allowed(spec.max_length, limit)
     encoding = encode_preferences(found.rows, found, "held_out", tokenizer, spec, length)
     tally = Tally(0, len(found.rows))
     _unreadable(found, tally)

@@ -14,6 +14,7 @@ from peftkit.base.tokenizer import Tokenizer
 
 # The same counts and findings, word for word, as the rows of supervised fine-tuning get.
 from peftkit.data.audit import Audit, losses, report_counts
+from peftkit.data.audited import longest_allowed
 from peftkit.data.chat import encode_row
 from peftkit.data.findings.finding import Tally
 from peftkit.data.findings.kept import examine
@@ -137,7 +138,7 @@ def encode_asked(
     Raises what it raises for rows that cannot be used.
     """
     settings = _settings(spec, tokenizer)
-    length = min(filter(None, (spec.max_length, limit)), default=None)
+    length = longest_allowed(spec.max_length, limit)
     encoding = _encoded("held_out", data, data.rows, instruction, tokenizer, settings, length)
     tally = Tally(0, len(data.rows))
     losses(encoding, settings, length, tally)
@@ -175,9 +176,7 @@ def _inspect(
     limit: int | None,
     report: Report,
 ) -> AskedAudit:
-    length = min(filter(None, (spec.max_length, limit)), default=None)
-    if spec.max_length and limit and spec.max_length > limit:
-        report(Warned(f"data.max_length={spec.max_length} is above the base's longest sequence, so {limit} holds"))
+    length = longest_allowed(spec.max_length, limit, report)
     written, held = ([conversation(row, instruction) for row in rows] for rows in (sides.written, sides.held_out))
     sources = [row.text for row in sides.held_out], [row.text for row in sides.written]
     examined = examine(written, held, tokenizer.control, None, lambda: ngram_overlap(*sources).highest)
@@ -192,11 +191,11 @@ def _inspect(
     train, held_out = (encoding.part for encoding in encodings)
     check_all([(part.rows, part.examples) for part in (train, held_out)], tokenizer, tally)
     result = AskedAudit(
-        train,
-        held_out,
-        settings.rendering,
-        overlap,
-        tally.findings(settings.accept),
+        train=train,
+        held_out=held_out,
+        rendering=settings.rendering,
+        overlap=overlap,
+        findings=tally.findings(settings.accept),
         task=spec.task,
         instruction=instruction,
         head=sides.head,

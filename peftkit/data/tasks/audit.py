@@ -11,63 +11,37 @@ import numpy as np
 
 from peftkit.base.head import Head
 from peftkit.base.tokenizer import Tokenizer
-from peftkit.data.findings.finding import Finding, Role
-from peftkit.data.findings.told import counts, heed, stopping, tell, token_line
+from peftkit.data.audited import AuditOf, longest_allowed
+from peftkit.data.findings.finding import Role
+from peftkit.data.findings.told import counts, heed, tell, token_line
 from peftkit.data.overlap import ngram_overlap
 from peftkit.data.tasks.contents import plain_text
-from peftkit.data.tasks.encode import Encoded, encode, policy_of
+from peftkit.data.tasks.encode import Encoded, encode
 from peftkit.data.tasks.findings import examine, far, losses, unseen
 from peftkit.data.tasks.heads import labels_in
 from peftkit.data.tasks.sides import read_sides
 from peftkit.data.tasks.spec import TaskSpec
 from peftkit.data.tasks.task import TaskPart, TaskRow
-from peftkit.events import Note, Report, Table, Warned, silent
+from peftkit.events import Note, Report, Table, silent
 
 
-@dataclass(frozen=True)
-class TaskAudit:
-    """The data of a task's run, ready to train on and to measure with."""
+@dataclass(frozen=True, kw_only=True)
+class TaskAudit(AuditOf[TaskPart]):
+    """Rows of a task, and the head that they ask for; images have no overlap."""
 
     head: Head
-    train: TaskPart
-    held_out: TaskPart
-    overlap: float
-    """Highest share of a held-out text's word 8-grams that occur anywhere in the training texts; 0 for images."""
-    findings: tuple[Finding, ...] = ()
-    """What is wrong or worth knowing: errors first."""
-
-    @property
-    def errors(self) -> tuple[Finding, ...]:
-        """The findings that stop a run."""
-        return stopping(self.findings)
-
-    @property
-    def tokens(self) -> dict[str, Any]:
-        """Tokens per sequence: counts between edges."""
-        from peftkit.data.findings.lengths import histogram
-
-        return histogram(self.train.examples, self.held_out.examples)
 
     @property
     def labels(self) -> dict[str, tuple[int, int]]:
         """Of every label how many training and held-out rows have it; of a tag, how many words."""
-        found = [Counter(label for row in part.rows for label in labels_in(row.target)) for part in self._parts]
+        parts = (self.train, self.held_out)
+        found = [Counter(label for row in part.rows for label in labels_in(row.target)) for part in parts]
         return {label: (found[0][label], found[1][label]) for label in self.head.labels if label in found[0] | found[1]}
-
-    @property
-    def _parts(self) -> tuple[TaskPart, TaskPart]:
-        return self.train, self.held_out
 
     def record(self) -> dict[str, Any]:
         """What `audit.json` of a run holds. Its excerpts come from the rows, so it stays in the run's folder."""
-        return {
-            "head": self.head.record(),
-            "findings": [finding.record() for finding in self.findings],
-            "tokens": self.tokens,
-            "labels": {label: list(counts) for label, counts in self.labels.items()},
-            "parts": [part.record() for part in self._parts],
-            "overlap": self.overlap,
-        }
+        labels = {label: list(counts) for label, counts in self.labels.items()}
+        return {"head": self.head.record(), "labels": labels, **super().record()}
 
 
 def audit_task(
@@ -101,9 +75,7 @@ def inspect_task(
 ) -> TaskAudit:
     """As `audit_task`, but findings that would stop a run are returned with the others."""
     sides = read_sides(spec, report, head)
-    length = policy_of(spec, limit).length
-    if spec.max_length and limit and spec.max_length > limit:
-        report(Warned(f"data.max_length={spec.max_length} is above the base's longest sequence, so {limit} holds"))
+    length = longest_allowed(spec.max_length, limit, report)
     tally = examine(sides.written, sides.held_out, sides.head)
     parts: list[TaskPart] = []
     gathered: list[Encoded] = []
@@ -121,7 +93,7 @@ def inspect_task(
     found = (*tally.findings(spec.accept), *unseen(gathered, sum(len(part.rows) for part in parts)))
     new_number = head is None and sides.head.problem == "regression"  # a head that is continued has learned its own
     findings = (*found, *far(sides.train)) if new_number and sides.train else found
-    result = TaskAudit(sides.head, parts[0], parts[1], overlap, findings)
+    result = TaskAudit(head=sides.head, train=parts[0], held_out=parts[1], overlap=overlap, findings=findings)
     _report_counts(result, report)
     return result
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from peftkit.base.head import Head
 from peftkit.base.tokenizer import Tokenizer
+from peftkit.data.audited import longest_allowed
 from peftkit.data.tasks.encode_spans import encode_spans
 from peftkit.data.tasks.encode_texts import encode_pairs_of_texts, encode_texts, target_of
 from peftkit.data.tasks.encode_words import encode_words
@@ -37,7 +38,7 @@ def policy_of(spec: TaskSpec, limit: int | None) -> Policy:
     if spec.too_long == "windows" and not windowed:
         fact = f"data.too_long=windows: a row of {spec.task} has one answer as a whole"
         raise ConfigError([fact], hint="choose data.too_long=truncate, drop or raise")
-    length = min(filter(None, (spec.max_length, limit)), default=None)
+    length = longest_allowed(spec.max_length, limit)
     return Policy(length, spec.too_long or ("windows" if windowed else "raise"), spec.stride)
 
 
