@@ -194,7 +194,8 @@ def _from_pretrained(
         raise BackboneError(f"{folder} cannot be loaded in {quant.label}: {reason}") from error
     check_absent({*info["missing_keys"], *(each[0] for each in info["mismatched_keys"])}, model, str(folder))
     if head is not None and head.kind != "seq2seq":
-        model.config.use_cache = False  # a decoder would keep every layer's keys and values for tokens that never come
+        # A decoder would keep every layer's keys and values for tokens that never come.
+        model.config.get_text_config().use_cache = model.config.use_cache = False
     return model
 
 

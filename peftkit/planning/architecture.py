@@ -73,10 +73,12 @@ class Architecture:
     """Whether a norm stands behind the last block (OPT-350M has none)."""
     task: TaskHead | None = None
     """What stands in place of the language head."""
+    bare: Architecture | None = None
+    """Under a task's head: the base with its language head."""
 
     def with_task(self, task: TaskHead) -> Architecture:
         """The same blocks under a task's head: there is no language head, and nothing shares the embedding's weight."""
-        return replace(self, task=task, tied=False, head_parameters=0)
+        return replace(self, task=task, tied=False, head_parameters=0, bare=self)
 
     @property
     def outputs(self) -> int:

@@ -11,6 +11,7 @@ from peftkit.planning.layers import FLOAT32, SIZES
 from peftkit.planning.ranges import NOTHING, Part, Range, exactly
 from peftkit.planning.setting import Setting
 from peftkit.planning.trained import trained
+from peftkit.planning.weights import weights
 
 LOGITS_BYTES = 1 << 30
 """`generation.forward.LOGITS_BYTES`: batches whose logits would pass this are split; planning may not import it."""
@@ -37,6 +38,8 @@ def evaluation_logits(architecture: Architecture, setting: Setting) -> Part:
     share = min(1.0, setting.labelled / setting.longest)
     size = SIZES[setting.compute_dtype]
     each = 2 * FLOAT32 if size == FLOAT32 else size + 2 * FLOAT32  # logits, in float32, and their log-softmax
+    if architecture.task and architecture.task.pooled:
+        each = size  # one token's of each row are picked before anything is made of them
     whole = rows * length * architecture.outputs * each
     formula = f"{rows} rows × {length:,} tokens × {architecture.outputs:,} × {each} B × labelled share"
     return Part("evaluation logits", Range(int(whole * share), int(whole * share), whole), formula)
@@ -45,6 +48,20 @@ def evaluation_logits(architecture: Architecture, setting: Setting) -> Part:
 def answered_rows(setting: Setting) -> int:
     """Answers that are generated at once."""
     return ANSWERS_PER_ROW * setting.evaluation_batch if setting.max_new_tokens else 0
+
+
+def asked_base(architecture: Architecture, setting: Setting) -> Part:
+    """The base once more, with its language head, and keys and values of the rows that it is asked.
+
+    `low` has none of it: a base that cannot be asked in words is not loaded again.
+    """
+    bare = architecture.bare
+    if not setting.asked_rows or bare is None:
+        return Part("asked base", NOTHING, "")
+    held = sum(part.bytes.expected for part in weights(bare, replace(setting, method="lora")))  # nothing of it trains
+    cache = setting.asked_rows * _rounded(setting.asked_tokens) * _token(bare, setting)
+    formula = f"the weights once more, and {setting.asked_rows} rows × {setting.asked_tokens:,} tokens"
+    return Part("asked base", Range(0, held + cache, held + cache), formula)
 
 
 def kv_cache(architecture: Architecture, setting: Setting) -> Part:

@@ -27,7 +27,7 @@ from peftkit.planning.concessions import FIELDS, Concession, choices, reason
 from peftkit.planning.devices import find_device
 from peftkit.planning.memory import MemoryPlan, StageName, plan_memory
 from peftkit.planning.setting import Setting
-from peftkit.planning.time import Machine, Workload, cpu, evaluation_seconds, gpu, step_seconds
+from peftkit.planning.time import Machine, Workload, cpu, gpu, measuring_seconds, step_seconds
 from peftkit.render import number, size
 
 Planner = Callable[[Architecture, Setting], MemoryPlan]
@@ -101,7 +101,7 @@ class _Search:
         work = Workload(0, 0.0, held_out_rows=rows, held_out_tokens=self.start.evaluation_longest)
         if self.start.max_new_tokens:
             work = Workload(0, 0.0, answers=rows)
-        return evaluation_seconds(self.architecture, setting, self._machine, work).expected
+        return measuring_seconds(self.architecture, setting, self._machine, work).expected
 
     @cached_property
     def _machine(self) -> Machine:

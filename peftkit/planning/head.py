@@ -57,10 +57,13 @@ def _of_task(layers: Layers, task: TaskHead, states: Tensor) -> Scored:
     biases = [layers.weight(task.outputs, FLOAT32)] if task.bias else []
     saves = [read, weight] if read.needs_grad else [read]
     scores = tape.op([read, weight, *biases], tokens * task.outputs, read.size, saves=saves)
+    making = scores.bytes if task.pooled else 0
+    if task.pooled:
+        scores = tape.op([scores], layers.rows * task.outputs, read.size)
     precise = tape.cast(scores, FLOAT32)
     chances = tape.like(precise, saves_output=True)
     loss = tape.op([chances], tokens, FLOAT32, saves=[chances])
-    return Scored(loss, chances.bytes, 0)
+    return Scored(loss, chances.bytes, making)
 
 
 def _whole(layers: Layers, block: Block, states: Tensor, positions: int) -> Scored:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peftkit.planning.activations import Activations, activations
 from peftkit.planning.architecture import Architecture
 from peftkit.planning.block import forward_pass
-from peftkit.planning.evaluation import evaluation_logits, generating, kv_cache, measuring, reading
+from peftkit.planning.evaluation import (
+    asked_base,
+    evaluated_rows,
+    evaluation_logits,
+    generating,
+    kv_cache,
+    measuring,
+    reading,
+)
 from peftkit.planning.head import chunk_rows
 from peftkit.planning.layers import SIZES
 from peftkit.planning.passes import training_passes
@@ -114,9 +122,9 @@ def plan_memory(architecture: Architecture, setting: Setting) -> MemoryPlan:
         mapped,
         around,
     ]
-    asked = _total(held) if setting.asks_base else NOTHING
-    if setting.asks_base:
-        parts.insert(-1, Part("asked base", asked, "the weights once more, while the base is asked in words"))
+    asked = asked_base(architecture, setting)
+    if asked.bytes.high:
+        parts.insert(-1, asked)
     more = list(kept_beside(architecture, setting))
     parts[len(held) + len(own) : len(held) + len(own)] = more
     resting = _total(held) + own[0].bytes + mapped.bytes
@@ -128,7 +136,7 @@ def plan_memory(architecture: Architecture, setting: Setting) -> MemoryPlan:
     stages = (
         Stage("load", around.bytes + _loading(architecture, setting, _total(held))),
         Stage("train", around.bytes + resting + training),
-        Stage("evaluate", around.bytes + resting + asked + _evaluating(architecture, setting, own)),
+        Stage("evaluate", around.bytes + resting + asked.bytes + _evaluating(architecture, setting, own)),
         Stage("save", around.bytes + resting + _saving(architecture, setting, own)),
         Stage("merge", around.bytes + _merging(architecture)),
     )
@@ -204,8 +212,10 @@ def _training(
 def _evaluating(architecture: Architecture, setting: Setting, own: list[Part]) -> Range:
     """The NLL of held-out rows, or generated answers; in mid-run the optimizer's states are there too."""
     need = measuring(architecture, setting).or_more(generating(architecture, setting))
-    if setting.compares_answers:  # in mid-run both answers of a pair at once
-        need = need.or_more(exactly(reading(architecture, setting, 2 * setting.evaluation_batch)))
+    if setting.compared_at_once:
+        whole = replace(setting, evaluation_longest=setting.compared_at_once * setting.evaluation_longest)
+        rows = setting.compared_at_once * evaluated_rows(architecture, whole)
+        need = need.or_more(exactly(reading(architecture, setting, rows)))
     if setting.trunk_cache:  # it is filled before the first step
         tokens = micro_batch_tokens(setting)
         need = need.or_more(exactly(forward_pass(architecture, setting, tokens, setting.longest, 0)))

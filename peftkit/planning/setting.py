@@ -92,7 +92,11 @@ class Setting:
     """Tokens of the longest held-out row, and of the longest prompt that is answered."""
     max_new_tokens: int = 128
     """Longest generated answer; 0 where none is generated."""
-    asks_base: bool = False
-    """While rows are measured the base is there once more, with its language head, to be asked in words."""
+    compared_at_once: int = 0
+    """Preferences that are measured in mid-run: sequences of a row that are read at once, two of a pair."""
+    asked_rows: int = 0
+    """Under a task's head: rows that the base is asked in words, loaded once more for it with its language head."""
+    asked_tokens: int = 0
+    """Tokens of such a row: solved rows, question and answer."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Kind of device; on a CPU the plan is that of the whole process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from peftkit.base.head import HeadKind
 from peftkit.planning.families import Family
 from peftkit.planning.keys import Keys
 
@@ -30,11 +31,24 @@ class Linear:
 class TaskHead:
     """A task's head in the language head's place: one linear layer, trained whole in float32."""
 
+    kind: HeadKind
     outputs: int
     """Scores of a token: labels, tags, or the two ends of a span."""
-    bias: bool
-    dropout: bool
-    """Whether its input is dropped out."""
+
+    @property
+    def bias(self) -> bool:
+        """Whether it has a bias (`modeling_layers.py` in transformers)."""
+        return self.kind in ("token", "span")
+
+    @property
+    def dropout(self) -> bool:
+        """Whether its input is dropped out."""
+        return self.kind == "token"
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the scores of one token are those of the row."""
+        return self.kind == "sequence"
 
     def parameters(self, hidden: int) -> int:
         """Entries of weight and bias over states of this width."""

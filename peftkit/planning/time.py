@@ -102,43 +102,44 @@ class Workload:
     steps: int
     tokens_per_row: float
     """Mean tokens of a training row."""
-    evaluations: int = 0
+    passes: int = 1
+    """How often the held-out rows are measured: by base and adapter, and in mid-run."""
     held_out_rows: int = 0
-    """Rows whose NLL is measured at each evaluation."""
+    """Rows whose NLL is measured in each pass."""
     held_out_tokens: float = 0.0
     """Mean tokens of such a row."""
     answers: int = 0
-    """Answers generated at each evaluation, each as long as the setting allows."""
-    rows_before: int = 0
-    """Training rows that are read once before the first step: into a trunk's cache, or for what the base gives them."""
+    """Answers generated in all, each as long as the setting allows."""
+    tokens_before: float = 0.0
+    """Tokens that are read once before the first step: into a trunk's cache, or for what the base gives them."""
     read_besides: float = 0.0
     """Tokens that a step reads besides for every row, without gradients: KTO's answers to other prompts."""
 
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Seconds of one optimizer step, of one evaluation, and of the whole run without loading and saving."""
+    """Seconds of one optimizer step, of all measuring, and of the whole run without loading and saving."""
 
     step: Seconds
-    evaluation: Seconds
+    measuring: Seconds
     total: Seconds
 
 
 def plan_time(architecture: Architecture, setting: Setting, machine: Machine, workload: Workload) -> TimePlan:
-    """The time of a run. Without a held-out row or an answer an evaluation takes no time."""
+    """The time of a run. Without a held-out row or an answer measuring takes no time."""
 
-    def read(rows: int, tokens: float) -> Seconds:
-        work = Workload(0, 0.0, held_out_rows=rows, held_out_tokens=tokens)
-        return evaluation_seconds(architecture, setting, machine, work)
+    def read(rows: float, tokens: float) -> Seconds:
+        work = Workload(0, 0.0, held_out_rows=math.ceil(rows), held_out_tokens=tokens)
+        return measuring_seconds(architecture, setting, machine, work)
 
     step = step_seconds(architecture, setting, machine, workload.tokens_per_row)
     if workload.read_besides:
         step += read(setting.rows_per_step, workload.read_besides)
-    evaluation = evaluation_seconds(architecture, setting, machine, workload)
-    total = step.times(workload.steps) + evaluation.times(workload.evaluations)
-    if workload.rows_before:
-        total += read(workload.rows_before, workload.tokens_per_row)
-    return TimePlan(step, evaluation, total)
+    measuring = measuring_seconds(architecture, setting, machine, workload)
+    total = step.times(workload.steps) + measuring
+    if workload.tokens_before:
+        total += read(workload.tokens_before / workload.tokens_per_row, workload.tokens_per_row)
+    return TimePlan(step, measuring, total)
 
 
 def step_seconds(
@@ -151,8 +152,8 @@ def step_seconds(
     return Seconds(low, expected * slower, high * slower)
 
 
-def evaluation_seconds(architecture: Architecture, setting: Setting, machine: Machine, workload: Workload) -> Seconds:
-    """Seconds of one evaluation: a forward pass over the held-out rows, and answers token by token."""
+def measuring_seconds(architecture: Architecture, setting: Setting, machine: Machine, workload: Workload) -> Seconds:
+    """Seconds of all measuring: forward passes over the held-out rows, and answers token by token."""
     cases = _cases(architecture, setting, machine)
     low, expected, high = (case.measure(workload) + case.answer(workload.answers) for case in cases)
     return Seconds(low, expected, high)
@@ -216,12 +217,12 @@ class _Case:
         return micro_batches * micro_batch + self._moved(_updated_bytes(self.architecture, setting))
 
     def measure(self, workload: Workload) -> float:
-        """The NLL of all held-out rows."""
+        """The NLL of all held-out rows, in every pass over them."""
         if not workload.held_out_rows:
             return 0.0
         batches = math.ceil(workload.held_out_rows / self.setting.evaluation_batch)
         rows = workload.held_out_rows / batches
-        return batches * self._passes(self._forward_flops(workload.held_out_tokens, rows), 1)
+        return workload.passes * batches * self._passes(self._forward_flops(workload.held_out_tokens, rows), 1)
 
     def answer(self, answers: int) -> float:
         """Prompts go through once; then every token reads all weights, and the keys and values before it."""

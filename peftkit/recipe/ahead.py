@@ -14,7 +14,7 @@ from peftkit.errors import BaseError
 from peftkit.events import Note, Report, Table, Warned
 from peftkit.planning.architecture import Architecture, architecture
 from peftkit.planning.memory import MemoryPlan
-from peftkit.recipe.forecast import Forecast, forecast
+from peftkit.recipe.forecast import Forecast, forecast, workload
 from peftkit.recipe.groups import Groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.measuring import Measuring, measuring
@@ -68,7 +68,9 @@ class Ahead:
         shape = shape_of(self.located)
         if shape is None:
             fact = "no plan of memory and time: this base's architecture is not one that peftkit can plan"
-            self.report(Note(f"{fact}; the longest rows are tried before the first step"))
+            tried = "the longest rows are tried before the first step"
+            # A task's base is often an encoder, of which none is planned; one that answers should be a known decoder.
+            self.report(Warned(fact, tried) if self.head is None else Note(f"{fact}; {tried}"))
             return None
         found = forecast(shape, self.given, self._lengths, self.target)
         found.tell(self.report)
@@ -118,28 +120,29 @@ class Ahead:
     def _lengths(self) -> Lengths:
         return Lengths.of_run(self.data, self.given, self.head)
 
+    def _times(self, found: Probe) -> dict[str, float]:
+        """Seconds of training, and at most of measuring, from what the longest rows took."""
+        work = workload(self.given, self._lengths, len(self.steps))
+        answers = work.answers * self._measuring.max_new_tokens
+        besides = self.steps.tokens if work.read_besides else 0  # so many again without gradients
+        read = work.passes * work.held_out_rows * work.held_out_tokens
+        return {
+            "training": _seconds(found.step, self.steps.tokens)
+            + _seconds(found.likelihood, work.tokens_before + besides),
+            "measuring": _seconds(found.likelihood, read) + _seconds(found.answers, answers),
+        }
+
     @property
     def _measuring(self) -> Measuring:
         rows = len(self.data.held_out.rows)
         return measuring(self.given.evaluate, rows, has_head=self.head is not None)
-
-    def _times(self, found: Probe) -> dict[str, float]:
-        """Seconds of training, and at most of measuring, from what the longest rows took."""
-        train, measured = self.given.train, self._measuring
-        between = len(self.steps) // train.eval_steps if train.eval_steps else 0
-        answers = measured.answered * measured.contestants * measured.max_new_tokens
-        return {
-            "training": _seconds(found.step, self.steps.tokens),
-            "measuring": _seconds(found.likelihood, self.data.held_out.tokens * (measured.passes + between))
-            + _seconds(found.answers, answers),
-        }
 
     def _tried(self, tuned: Tuned, paths: Paths | None) -> Probe | None:
         from peftkit.training.exhaustion import is_out_of_memory
         from peftkit.training.probe import probe
 
         rows, evaluate = (self.data.train.examples, self.data.held_out.examples), self.given.evaluate
-        answers = self._measuring.answered > 0
+        answers = self._measuring.answers > 0
         options: dict[str, Any] = {"evaluation_batch": evaluate.batch_size, "answers": answers, "paths": paths}
         try:
             return probe(tuned, *rows, self.given.train, **options)

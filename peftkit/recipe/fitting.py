@@ -44,8 +44,8 @@ def fitted(
     given = replace(groups(resolved.config), adapter=adapter)
     if shorter and not isinstance(given.data, DataSpec):
         raise ConfigError(
-            ["--allow-shorter cuts conversations; rows with a label, and answers that are compared, stay whole"],
-            hint="set data.max_length, and data.too_long as peftkit recipes show says",
+            ["--allow-shorter cuts conversations and texts; it leaves rows of a task and preferences as they are"],
+            hint="set data.max_length yourself; peftkit recipes show says what data.too_long may be",
         )
     architecture = lengths.headed(architecture)
     before = setting_of(architecture, given, lengths, target)
@@ -53,7 +53,7 @@ def fitted(
         architecture,
         before,
         target.bytes,
-        fixed=asked_for(resolved, given),
+        fixed=asked_for(resolved, given) | (frozenset() if isinstance(given.data, DataSpec) else {"longest"}),
         consent=frozenset({"length"} if shorter else set()),
         machine=target.machine,
         tokens_per_row=lengths.mean,
@@ -62,9 +62,8 @@ def fitted(
     return resolved.changed(changes(given, before, found.setting), f"budget of {target.name}")
 
 
-def known_shape(located: LocatedBase | None) -> Architecture:
-    """The architecture of a base that the audit has found. Raises BaseError for one that no plan knows."""
-    assert located is not None  # audit has found the base
+def known_shape(located: LocatedBase) -> Architecture:
+    """The architecture of a base. Raises BaseError for one that no plan knows."""
     return architecture(read_config(located.folder))
 
 

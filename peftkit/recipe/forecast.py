@@ -23,6 +23,7 @@ from peftkit.recipe.target import Target
 from peftkit.render import duration, number, size
 from peftkit.training.preference.spec import PreferenceTrainSpec
 from peftkit.training.regularize.spec import RegularizeSpec
+from peftkit.training.spec import TrainSpec
 from peftkit.tuning.layers import chosen_layers
 from peftkit.tuning.methods import AdapterSpec
 
@@ -118,7 +119,7 @@ def forecast(
         lengths,
         target,
         plan_memory(architecture, setting),
-        plan_time(architecture, setting, target.machine, _workload(given, lengths, steps)) if target.machine else None,
+        plan_time(architecture, setting, target.machine, workload(given, lengths, steps)) if target.machine else None,
         steps,
         disk_plan(
             architecture,
@@ -163,8 +164,10 @@ def setting_of(architecture: Architecture, given: Groups, lengths: Lengths, targ
         evaluation_batch=given.evaluate.batch_size,
         evaluation_longest=lengths.held_out_longest,
         max_new_tokens=measured.max_new_tokens,
-        asks_base=measured.asks_base,
+        asked_rows=measured.asked_rows,
+        asked_tokens=_asked_tokens(given, lengths) if measured.asked_rows else 0,
         compares_answers=isinstance(train, PreferenceTrainSpec),
+        compared_at_once=_compared_at_once(train),
         device=target.device,
     )
 
@@ -174,8 +177,8 @@ def _assumed(given: Groups, setting: Setting) -> tuple[str, ...]:
     if given.quant.compute_dtype == "measured" and given.quant.bits != 32 and setting.device == "cpu":
         measured = "quant.compute_dtype=measured is decided when the base is loaded"
         said.append(f"planned in float32, which takes more: {measured}")
-    if setting.asks_base:
-        said.append("evaluate.shots loads the base once more to ask it in words; prompts may be longer than rows")
+    if setting.asked_rows:
+        said.append("evaluate.shots loads the base once more to ask it in words; the time of that is not planned")
     return tuple(said)
 
 
@@ -250,21 +253,39 @@ def _steps(given: Groups, lengths: Lengths) -> int | None:
     return steps
 
 
-def _workload(given: Groups, lengths: Lengths, steps: int | None) -> Workload:
+def _asked_tokens(given: Groups, lengths: Lengths) -> int:
+    """Tokens of a prompt of solved rows and a question, none longer than the longest held-out row, and its answer."""
+    evaluate = given.evaluate
+    return int((evaluate.shots + 1) * lengths.held_out_longest + evaluate.max_new_tokens)
+
+
+def _compared_at_once(train: TrainSpec) -> int:
+    if not isinstance(train, PreferenceTrainSpec) or not train.eval_steps:
+        return 0
+    return 1 if train.loss == "kto" else 2
+
+
+def workload(given: Groups, lengths: Lengths, steps: int | None) -> Workload:
+    """How much a run reads and answers."""
     train, rows = given.train, lengths.rows or 0
     between = (steps or 0) // train.eval_steps if train.eval_steps else 0
     measured = measuring(given.evaluate, lengths.held_out_rows, has_head=lengths.task is not None)
-    preferences = train if isinstance(train, PreferenceTrainSpec) else None
-    scored_before = preferences is not None and preferences.compares_with_base
+    before = besides = 0.0
+    if train.trunk_cache:
+        before = rows * lengths.mean
+    elif isinstance(train, PreferenceTrainSpec) and train.compares_with_base:
+        besides = lengths.mean if train.loss == "kto" else 0.0
+        sequences = 2 if train.loss == "kto" else 1  # an answer and a mismatched one, or both of a pair as a row
+        before = sequences * (rows * lengths.mean + lengths.held_out_rows * lengths.held_out_mean)
     return Workload(
         steps or 0,
         lengths.mean,
-        evaluations=max(measured.passes, measured.contestants) + between,
-        held_out_rows=lengths.held_out_rows,
-        held_out_tokens=lengths.held_out_mean,
-        answers=measured.answered,
-        rows_before=rows if train.trunk_cache or scored_before else 0,
-        read_besides=lengths.mean if preferences is not None and preferences.loss == "kto" else 0.0,
+        measured.passes + between,
+        lengths.held_out_rows,
+        lengths.held_out_mean,
+        answers=measured.answers,
+        tokens_before=before,
+        read_besides=besides,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peftkit.base.head import Head, HeadKind
+from peftkit.base.head import Head
 from peftkit.data.chat import IGNORED, Example
 from peftkit.data.encoded import lengths, longest
 from peftkit.data.preference.spec import PreferenceSpec
@@ -44,7 +44,7 @@ class Lengths:
         limit = data.max_length or _ASSUMED
         longest = 2 * limit if isinstance(data, PreferenceSpec) and data.kind == "pairs" else limit
         written = not isinstance(data, TaskSpec) or data.task in ("translation", "summarization")
-        task = None if written else _task_head(kind_of(data)[0], _OUTPUTS)
+        task = None if written else TaskHead(kind_of(data)[0], _OUTPUTS)
         return cls(longest, longest, limit, float(longest), None, 0, 0.0, task)
 
     @classmethod
@@ -73,7 +73,7 @@ class Lengths:
         if head is None:
             return found
         outputs = 2 if head.kind == "span" else len(head.labels)
-        return replace(found, labelled=found.longest, task=_task_head(head.kind, outputs))
+        return replace(found, labelled=found.longest, task=TaskHead(head.kind, outputs))
 
     def headed(self, architecture: Architecture) -> Architecture:
         """A base with the head that these rows ask for."""
@@ -89,8 +89,3 @@ class Lengths:
             mean=min(self.mean, limit),
             held_out_mean=min(self.held_out_mean, limit),
         )
-
-
-def _task_head(kind: HeadKind, outputs: int) -> TaskHead:
-    """As transformers' heads of decoders are (`modeling_layers.py`)."""
-    return TaskHead(outputs, bias=kind in ("token", "span"), dropout=kind == "token")

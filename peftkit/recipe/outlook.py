@@ -19,7 +19,7 @@ from peftkit.recipe.groups import Groups, groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.target import Target
 from peftkit.recipe.to_train import groups_to_train
-from peftkit.registry.store import Registry
+from peftkit.registry.store import Registry, Version
 
 
 def outlook(
@@ -44,14 +44,18 @@ def outlook(
     shape = architecture(config)
     if "vision_config" in config:
         report(Warned("the plan is that of the language model alone: this base sees images too", None))
-    lengths = _lengths(given, located, cache, registry, report)
+    init_from = getattr(resolved.config, "init_from", None)
+    parent = registry.resolve(init_from) if init_from else None
+    lengths = _lengths(given, located, cache, registry, parent, report)
     if fit:
         resolved = fitted(resolved, given.adapter, shape, lengths, target, report, shorter=shorter)
     planned = replace(groups(resolved.config), adapter=given.adapter)
     return forecast(shape, planned, _cut(lengths, resolved), target), resolved
 
 
-def _lengths(given: Groups, located: LocatedBase, cache: Path, registry: Registry, report: Report) -> Lengths:
+def _lengths(
+    given: Groups, located: LocatedBase, cache: Path, registry: Registry, parent: Version | None, report: Report
+) -> Lengths:
     if given.data.train is None and not getattr(given.data, "mixture", None):
         lengths = Lengths.assumed(given.data)
         why = "data.max_length" if given.data.max_length else "no data.train and no data.max_length"
@@ -67,7 +71,7 @@ def _lengths(given: Groups, located: LocatedBase, cache: Path, registry: Registr
     from peftkit.recipe.work import Place, work_for
 
     work = work_for(given.data)
-    data = work.audit(Place(located, cache, registry, report), given.data, given.evaluate)
+    data = work.audit(Place(located, cache, registry, report, parent), given.data, given.evaluate)
     return Lengths.of_run(data, given, work.head(data))
 
 

@@ -71,6 +71,7 @@ class Run:
     saved: Version | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     _located: LocatedBase | None = None
+    _sought: BaseSpec | None = None
     _work: Work | None = None
     _data: Any = None
     _audited_from: tuple[BaseSpec, Spec] | None = None
@@ -81,12 +82,11 @@ class Run:
 
         `data` says what kind of rows they are: DataSpec, TaskSpec or PreferenceSpec.
         """
-        from peftkit.backbone.locate import locate
         from peftkit.recipe.work import work_for
 
         if self._data is not None and self._audited_from == (base, data):
             return self._data  # a budget asked for it before
-        self._located = locate(base, self.cache, self.report)
+        self._located = self._found(base)
         self._work = work_for(data)
         self._data = self._work.audit(self._place(), data, getattr(self.resolved.config, "evaluate", None))
         self._audited_from = (base, data)
@@ -109,9 +109,10 @@ class Run:
 
         given = groups_to_train(self.resolved, self.registry, resumed=self.start is not None)
         self.target = this_machine(given.quant, budget)
+        shape = known_shape(self._found(given.base))  # a base that no plan knows is refused before the rows are read
         self.audit(given.base, given.data)
         data, work = self._audited()
-        lengths, shape = Lengths.of_run(data, given, work.head(data)), known_shape(self._located)
+        lengths = Lengths.of_run(data, given, work.head(data))
         self.resolved = fitted(self.resolved, given.adapter, shape, lengths, self.target, self.report)
 
     def plan(
@@ -133,6 +134,7 @@ class Run:
         from peftkit.recipe.target import this_machine
         from peftkit.recipe.to_train import to_train
         from peftkit.recipe.tune import load_tuned
+        from peftkit.training.row_rules import check_rows
         from peftkit.training.schedule import schedule
 
         data, work = self._audited()
@@ -142,6 +144,7 @@ class Run:
         parent = self._parent(init_from)
         what = to_train(adapter, quant, train, parent, {} if self.start else self.resolved.sources)
         given = groups_with(self.resolved.config, base=base, quant=quant, adapter=what.adapter, train=train)
+        check_rows(given.data, train)
         assert self._located is not None  # audit has found the base
         steps, target = schedule(rows, train), self.target or this_machine(quant)
         places = self.folder, self.registry.root
@@ -265,6 +268,14 @@ class Run:
         folder = self._folder()
         folder.log_metrics(step, figures)
         folder.write_page()
+
+    def _found(self, base: BaseSpec) -> LocatedBase:
+        """Where a base is, looked for once."""
+        from peftkit.backbone.locate import locate
+
+        if self._located is None or self._sought != base:
+            self._located, self._sought = locate(base, self.cache, self.report), base
+        return self._located
 
     def _place(self) -> Place:
         from peftkit.recipe.work.kinds import Place

@@ -11,6 +11,7 @@ from peftkit.config import Resolved
 from peftkit.recipe.groups import Groups, groups
 from peftkit.registry.store import Registry, Version
 from peftkit.training.method_rules import check_method
+from peftkit.training.row_rules import check_rows
 from peftkit.training.spec import TrainSpec
 from peftkit.tuning.methods import AdapterSpec, check_over
 from peftkit.tuning.parents import parent_spec
@@ -51,11 +52,12 @@ def to_train(
 def groups_to_train(resolved: Resolved[Any], registry: Registry, *, resumed: bool = False) -> Groups:
     """The groups of a recipe's settings, with the adapter that will be trained: that of `init_from`, if it names one.
 
-    The settings of a resumed run were agreed when it began, so none counts as asked for. Raises what `to_train` raises,
-    and ConfigError for a recipe that cannot be planned.
+    The settings of a resumed run were agreed when it began, so none counts as asked for. Raises what `to_train` raises
+    and for rows that cannot be trained on so, and ConfigError for a recipe that cannot be planned.
     """
     given = groups(resolved.config)
     init_from = getattr(resolved.config, "init_from", None)
     parent = registry.resolve(init_from) if init_from else None
     what = to_train(given.adapter, given.quant, given.train, parent, {} if resumed else resolved.sources)
+    check_rows(given.data, given.train)
     return replace(given, adapter=what.adapter)

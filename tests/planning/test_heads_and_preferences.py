@@ -15,6 +15,7 @@ from tiny_bases import write_base
 
 from peftkit.backbone.load import load_backbone
 from peftkit.backbone.spec import QuantSpec
+from peftkit.base.head import Head
 from peftkit.base.ref import BaseSpec, read_config
 from peftkit.data.chat import IGNORED, Example
 from peftkit.data.preference.example import PreferenceExample
@@ -23,13 +24,15 @@ from peftkit.planning.evaluation import measuring
 from peftkit.planning.fit import fit
 from peftkit.planning.memory import plan_memory
 from peftkit.planning.setting import Setting
-from peftkit.planning.time import Workload, cpu, evaluation_seconds, plan_time, training_flops
+from peftkit.planning.time import Workload, cpu, measuring_seconds, plan_time, training_flops
 from peftkit.planning.weights import trained_parameters
 from peftkit.recipe.forecast import what_is_trained
 from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations
 from peftkit.training.objective import objective
+from peftkit.training.passes.head import LOGITS_BYTES
 from peftkit.training.preference.paths import preference_paths
+from peftkit.training.preference.reference import reference_scored
 from peftkit.training.preference.spec import PreferenceTrainSpec
 from peftkit.training.spec import TrainSpec
 from peftkit.training.tasks.paths import task_paths
@@ -43,8 +46,10 @@ SHAPE = {"num_hidden_layers": 5, "hidden_size": 128, "intermediate_size": 384, "
          "num_key_value_heads": 2}  # fmt: skip
 WIDE = {**SHAPE, "num_hidden_layers": 2, "vocab_size": 49152}
 """The logits of a chunk are what limits it."""
-TASKS = {"sequence": TaskHead(3, bias=False, dropout=False), "token": TaskHead(3, bias=True, dropout=True),
-         "span": TaskHead(2, bias=True, dropout=False)}  # fmt: skip
+TASKS = {"sequence": TaskHead("sequence", 3), "token": TaskHead("token", 3), "span": TaskHead("span", 2),
+         "several": TaskHead("sequence", 3), "number": TaskHead("sequence", 1),
+         "many": TaskHead("sequence", 3000)}  # fmt: skip
+LOADED = {**HEADS, "many": Head("sequence", tuple(map(str, range(3000))))}
 WAYS: list[tuple[dict[str, Any], int, bool]] = [
     ({"method": "lora", "r": 8}, 32, False), ({"method": "lora", "r": 8}, 4, True),
     ({"method": "dora", "r": 8}, 4, False), ({"method": "lora", "r": 8, "layers": "top:2"}, 32, False),
@@ -63,36 +68,41 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("bases") / "wide", **WIDE)
 
 
-def tuned_on(folder: Path, cache: Path, values: dict[str, Any], bits: int, head: str | None = None) -> Tuned:
+def tuned_on(
+    folder: Path, cache: Path, values: dict[str, Any], bits: int, head: str | None = None, compute: str = "float32"
+) -> Tuned:
     spec = AdapterSpec(**values)
-    quant = QuantSpec(bits=bits, compute_dtype="float32", device="cpu")  # type: ignore[arg-type]
-    given: dict[str, Any] = {"head": HEADS[head] if head else None, "dense": dense_layers(spec)}
+    quant = QuantSpec(bits=bits, compute_dtype=compute, device="cpu")  # type: ignore[arg-type]
+    given: dict[str, Any] = {"head": LOADED[head] if head else None, "dense": dense_layers(spec)}
     return inject(load_backbone(BaseSpec(source=str(folder)), quant, cache, **given), spec)
 
 
 def setting_of(base: Architecture, values: dict[str, Any], bits: int, checkpointing: bool, **more: Any) -> Setting:
-    given: dict[str, Any] = {"longest": TOKENS, "labelled": TOKENS, "micro_batch": ROWS, "rows_per_step": ROWS, **more}
-    return Setting(
-        **what_is_trained(base, AdapterSpec(**values)), bits=bits, compute_dtype="float32", dtype="float32",  # type: ignore[arg-type]
-        device="cpu", gradient_checkpointing=checkpointing, max_new_tokens=0, evaluation_batch=1, **given,
-    )  # fmt: skip
+    given = {"longest": TOKENS, "labelled": TOKENS, "micro_batch": ROWS, "rows_per_step": ROWS, "max_new_tokens": 0,
+             "evaluation_batch": 1, "compute_dtype": "float32", "dtype": "float32", **more}  # fmt: skip
+    trained = what_is_trained(base, AdapterSpec(**values))
+    return Setting(**trained, bits=bits, gradient_checkpointing=checkpointing, device="cpu", **given)  # type: ignore[arg-type]
 
 
-def check_task(folder: Path, head: str, values: dict[str, Any], bits: int, checkpointing: bool, cache: Path) -> None:
+def check_task(
+    folder: Path, head: str, values: dict[str, Any], bits: int, checkpointing: bool, cache: Path,
+    compute: str = "float32",
+) -> None:  # fmt: skip
     base = architecture(read_config(folder)).with_task(TASKS[head])
-    tuned = tuned_on(folder, cache, values, bits, head)
+    tuned = tuned_on(folder, cache, values, bits, head, compute)
     if checkpointing:
         checkpoint_activations(tuned, None)
-    rows = examples(head, [TOKENS] * ROWS)
+    rows = examples("sequence" if head == "many" else head, [TOKENS] * ROWS)
     paths = task_paths(tuned, TrainSpec(), rows)
     real = step_terms(tuned, rows, objective(tuned, TrainSpec().regularize, paths), paths)
-    check_terms(planned_terms(base, setting_of(base, values, bits, checkpointing)), real)
-    assert trained_parameters(base, setting_of(base, values, bits, checkpointing)) == sum(
-        parameter.numel() for parameter in tuned.trainable.values()
-    )
+    setting = setting_of(base, values, bits, checkpointing, compute_dtype=compute, dtype=compute)
+    check_terms(planned_terms(base, setting), real)
+    assert trained_parameters(base, setting) == sum(each.numel() for each in tuned.trainable.values())
 
 
-@pytest.mark.parametrize(("head", "way"), [("sequence", 0), ("sequence", 4), ("token", 1), ("token", 6), ("span", 5)])
+@pytest.mark.parametrize(
+    ("head", "way"), [("sequence", 0), ("sequence", 4), ("token", 1), ("token", 6), ("span", 5), ("many", 5)]
+)
 def test_a_step_under_a_tasks_head_holds_what_was_planned(folder: Path, head: str, way: int, tmp_path: Path) -> None:
     check_task(folder, head, *WAYS[way], tmp_path)
 
@@ -104,18 +114,29 @@ def test_every_way_under_every_head_does(folder: Path, head: str, way: int, tmp_
     check_task(folder, head, *WAYS[way], tmp_path)
 
 
+@pytest.mark.parametrize(("head", "way"), [("token", 0), ("sequence", 4)])
+def test_16_bit_products_under_a_tasks_head(folder: Path, head: str, way: int, tmp_path: Path) -> None:
+    values, _, checkpointing = WAYS[way]
+    check_task(folder, head, values, 16, checkpointing, tmp_path, compute="bfloat16")
+
+
+def test_an_untied_base_under_a_tasks_head(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "untied", **SHAPE, tie_word_embeddings=False)
+    check_task(base, "number", *WAYS[6], tmp_path / "cache")
+
+
 @pytest.mark.parametrize("head", TASKS)
 def test_measuring_under_a_tasks_head_holds_what_was_planned(folder: Path, head: str, tmp_path: Path) -> None:
     tuned = tuned_on(folder, tmp_path, {"method": "lora", "r": 8}, 32, head)
     tuned.model.eval()
-    rows = examples(head, [TOKENS] * 4)
+    rows = examples("sequence" if head == "many" else head, [TOKENS] * 4)
     paths = task_paths(tuned, TrainSpec(), rows)
     with Ledger(tuned.model) as ledger:
         paths.measure(tuned.model, rows, pad_id=2, device=torch.device("cpu"), batch_size=4)
     base = architecture(read_config(folder)).with_task(TASKS[head])
     setting = replace(setting_of(base, {"method": "lora", "r": 8}, 32, False), evaluation_batch=4)
     planned = measuring(base, replace(setting, evaluation_longest=TOKENS)).expected
-    assert planned == pytest.approx(ledger.account().peak, rel=CLOSE)
+    assert planned == pytest.approx(ledger.account().peak, rel=2 * CLOSE)
 
 
 def sequence(draw: random.Random, length: int) -> Example:
@@ -134,17 +155,19 @@ def preferences(loss: str, count: int, length: int) -> list[PreferenceExample]:
 
 
 def check_preferences(
-    folder: Path, loss: str, values: dict[str, Any], bits: int, checkpointing: bool, cache: Path, rows: int = ROWS
-) -> None:
+    folder: Path, loss: str, values: dict[str, Any], bits: int, checkpointing: bool, cache: Path, rows: int = ROWS,
+    compute: str = "float32",
+) -> None:  # fmt: skip
     base = architecture(read_config(folder))
-    tuned = tuned_on(folder, cache, values, bits)
+    tuned = tuned_on(folder, cache, values, bits, compute=compute)
     if checkpointing:
         checkpoint_activations(tuned, None)
     train = PreferenceTrainSpec(loss=loss)  # type: ignore[arg-type]
     paths = preference_paths(tuned, train)
     given = preferences(loss, rows, 2 * TOKENS)
     real = step_terms(tuned, given, objective(tuned, train.regularize, paths), paths)
-    sizes = {"longest": 2 * TOKENS, "labelled": 2 * TOKENS * 3 // 4, "micro_batch": rows, "rows_per_step": rows}
+    sizes: dict[str, Any] = {"compute_dtype": compute, "dtype": compute}
+    sizes |= {"longest": 2 * TOKENS, "labelled": 2 * TOKENS * 3 // 4, "micro_batch": rows, "rows_per_step": rows}
     check_terms(
         planned_terms(base, setting_of(base, values, bits, checkpointing, compares_answers=True, **sizes)), real
     )
@@ -158,6 +181,38 @@ def test_a_step_of_preferences_holds_what_was_planned(folder: Path, loss: str, w
 @pytest.mark.parametrize("values", [{"method": "lora", "r": 8}, {"method": "full"}], ids=lambda each: each["method"])
 def test_logits_of_preferences_are_those_of_a_chunk(wide: Path, values: dict[str, Any], tmp_path: Path) -> None:
     check_preferences(wide, "dpo", values, 32, False, tmp_path, rows=4)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_16_bit_products_of_preferences(wide: Path, loss: str, tmp_path: Path) -> None:
+    check_preferences(wide, loss, {"method": "lora", "r": 8}, 16, False, tmp_path, rows=4, compute="bfloat16")
+
+
+@pytest.mark.parametrize(("loss", "sequences"), [("dpo", 2), ("kto", 1)])
+def test_preferences_in_mid_run_hold_what_was_planned(folder: Path, loss: str, sequences: int, tmp_path: Path) -> None:
+    tuned, rows = tuned_on(folder, tmp_path, {"method": "lora", "r": 8}, 32), preferences(loss, 6, 2 * TOKENS)
+    paths = replace(preference_paths(tuned, PreferenceTrainSpec(loss=loss)), flat=False)  # type: ignore[arg-type]
+    tuned.model.eval()
+    with Ledger(tuned.model) as ledger:
+        paths.measure(tuned.model, rows, pad_id=2, device=torch.device("cpu"), batch_size=6)
+    base = architecture(read_config(folder))
+    setting = setting_of(base, {"method": "lora", "r": 8}, 32, False, compares_answers=True, evaluation_batch=6,
+                         evaluation_longest=2 * TOKENS // sequences)  # fmt: skip
+    at_end, mid_run = (plan_memory(base, replace(setting, compared_at_once=count)) for count in (0, sequences))
+    resting = at_end.stage("evaluate").bytes.expected - measuring(base, setting).expected
+    assert mid_run.stage("evaluate").bytes.expected - resting == pytest.approx(ledger.account().peak, rel=2 * CLOSE)
+
+
+def test_what_the_base_gives_is_scored_a_chunk_at_a_time(wide: Path, tmp_path: Path) -> None:
+    """A partial fine-tune's base is another tree of modules, with a head of its own."""
+    tuned, rows = tuned_on(wide, tmp_path, {"method": "full"}, 32), preferences("dpo", 8, 2 * TOKENS)
+    rows = [replace(row, reference=()) for row in rows]
+    paths = preference_paths(tuned, PreferenceTrainSpec(per_device_train_batch_size=8))
+    with tuned.as_base() as base, Ledger(base) as ledger:
+        scored = reference_scored(tuned, rows, paths)
+    assert ledger.account().peak < 2.5 * LOGITS_BYTES  # a chunk and its log-softmax; whole logits take twice as much
+    plain = reference_scored(tuned, rows, replace(paths, head=None))
+    assert [row.reference for row in scored] == [pytest.approx(row.reference, rel=1e-5) for row in plain]
 
 
 @pytest.mark.full
@@ -174,7 +229,7 @@ BASE = architecture(
 
 
 def test_a_tasks_head_by_hand() -> None:
-    headed = BASE.with_task(TaskHead(4, bias=True, dropout=True))
+    headed = BASE.with_task(TaskHead("token", 4))
     assert BASE.parameters - headed.parameters == 128256 * 4096  # no language head is loaded
     setting = Setting(r=16, max_new_tokens=0)
     assert trained_parameters(headed, setting) - trained_parameters(BASE, setting) == 4 * 4096 + 4
@@ -184,12 +239,15 @@ def test_a_tasks_head_by_hand() -> None:
     assert training_flops(headed, setting, 1024) < training_flops(BASE, setting, 1024)
 
 
-def test_a_base_that_is_asked_too_is_there_twice() -> None:
-    headed = BASE.with_task(TaskHead(4, bias=False, dropout=False))
-    once, twice = (plan_memory(headed, Setting(max_new_tokens=8, asks_base=asks)) for asks in (False, True))
+def test_a_base_that_is_asked_too_is_there_twice_with_its_language_head() -> None:
+    headed = BASE.with_task(TaskHead("sequence", 4))
+    once, twice = (plan_memory(headed, Setting(max_new_tokens=0, asked_rows=rows, asked_tokens=640)) for rows in (0, 8))
     more = twice.stage("evaluate").bytes.expected - once.stage("evaluate").bytes.expected
+    bare = plan_memory(BASE, Setting())
     held = ("linear layers", "quantization constants", "code tables", "embeddings", "head", "norms and biases")
-    assert more == sum(once.part(name).bytes.expected for name in held)
+    keys_and_values = 8 * 640 * 32 * 2 * 1024 * 2
+    assert more == sum(bare.part(name).bytes.expected for name in held) + keys_and_values
+    assert twice.stage("evaluate").bytes.low == once.stage("evaluate").bytes.low  # it may have no words to be asked in
     assert twice.stage("train") == once.stage("train")
 
 
@@ -198,23 +256,29 @@ def test_preferences_read_the_base_before_and_kto_reads_more_in_every_step() -> 
     work = Workload(steps=10, tokens_per_row=100)
     plain, dpo, kto = (
         plan_time(BASE, setting, machine, each)
-        for each in (work, replace(work, rows_before=80), replace(work, read_besides=100.0))
+        for each in (work, replace(work, tokens_before=8000.0), replace(work, read_besides=100.0))
     )
     reads = Workload(0, 0.0, held_out_rows=80, held_out_tokens=100)
     assert dpo.total.expected - plain.total.expected == pytest.approx(
-        evaluation_seconds(BASE, setting, machine, reads).expected
+        measuring_seconds(BASE, setting, machine, reads).expected
     )
     assert dpo.step == plain.step
-    each = evaluation_seconds(BASE, setting, machine, replace(reads, held_out_rows=setting.rows_per_step))
+    each = measuring_seconds(BASE, setting, machine, replace(reads, held_out_rows=setting.rows_per_step))
     assert kto.step.expected - plain.step.expected == pytest.approx(each.expected)
     assert kto.total.expected - plain.total.expected == pytest.approx(10 * each.expected)
 
 
 @pytest.mark.parametrize("changes", [{}, {"compares_answers": True}], ids=["head", "preferences"])
 def test_a_budget_fits_them(changes: dict[str, Any]) -> None:
-    base = BASE if changes else BASE.with_task(TaskHead(4, bias=False, dropout=False))
+    base = BASE if changes else BASE.with_task(TaskHead("sequence", 4))
     asked = Setting(longest=1024, labelled=512, micro_batch=16, evaluation_batch=64, max_new_tokens=0, **changes)
     found = fit(base, asked, 12_000_000_000)
     assert max(stage.bytes.high for stage in found.plan.stages) <= 12_000_000_000
     assert found.setting.rows_per_step == asked.rows_per_step
     assert found.decisions
+
+
+def test_mid_run_pairs_are_bounded_by_their_logits() -> None:
+    setting = Setting(evaluation_longest=2048, evaluation_batch=16, max_new_tokens=0, compares_answers=True)
+    once, mid_run = (plan_memory(BASE, replace(setting, compared_at_once=count)).stage("evaluate") for count in (0, 2))
+    assert mid_run == once  # one pair goes through at once, which is no more than the single answers take

@@ -17,8 +17,8 @@ from peftkit.planning.time import (
     Seconds,
     Workload,
     cpu,
-    evaluation_seconds,
     gpu,
+    measuring_seconds,
     plan_time,
     step_seconds,
     training_flops,
@@ -332,15 +332,15 @@ settings = st.builds(
     labelled=st.just(64),
 )
 machines = st.sampled_from([*(gpu(card, "bfloat16") for card in DEVICES), cpu(100e9, 20e9)])
-WORK = Workload(steps=10, tokens_per_row=60, evaluations=2, held_out_rows=50, held_out_tokens=60, answers=20)
+WORK = Workload(steps=10, tokens_per_row=60, passes=2, held_out_rows=50, held_out_tokens=60, answers=20)
 
 
 @given(settings, machines)
 def test_the_three_figures_are_ordered_and_add_up(setting: Setting, machine: Any) -> None:
     plan = plan_time(LLAMA32_3B, setting, machine, WORK)
-    for each in (plan.step, plan.evaluation, plan.total):
+    for each in (plan.step, plan.measuring, plan.total):
         assert 0 < each.low <= each.expected <= each.high
-    assert plan.total.expected == pytest.approx(10 * plan.step.expected + 2 * plan.evaluation.expected)
+    assert plan.total.expected == pytest.approx(10 * plan.step.expected + plan.measuring.expected)
 
 
 @given(settings, machines)
@@ -358,13 +358,13 @@ def test_concessions_cost_time_and_larger_micro_batches_do_not(setting: Setting,
 
 def test_without_rows_an_evaluation_takes_no_time() -> None:
     machine = gpu(find_device("RTX 3060 12GB"), "bfloat16")
-    assert evaluation_seconds(SMOLLM2, Setting(), machine, Workload(10, 100.0)) == Seconds(0, 0, 0)
+    assert measuring_seconds(SMOLLM2, Setting(), machine, Workload(10, 100.0)) == Seconds(0, 0, 0)
 
 
 def test_decoding_one_row_cannot_beat_reading_the_packed_weights_for_every_token() -> None:
     setting = Setting(bits=4, evaluation_batch=1, evaluation_longest=16, max_new_tokens=100)
     machine = gpu(find_device("RTX 3060 12GB"), "bfloat16")
-    seconds = evaluation_seconds(LLAMA31_8B, setting, machine, Workload(0, 0.0, 1, answers=1)).low
+    seconds = measuring_seconds(LLAMA31_8B, setting, machine, Workload(0, 0.0, 1, answers=1)).low
     packed = 6_979_321_856 / 2 + 2 * (128256 * 4096 * 2 + 65 * 4096)  # 224 linear layers; embedding, head, norms
     assert 100 * packed / 360e9 <= seconds <= 110 * packed / 360e9
 

@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save
 
 from peftkit import locations
 from peftkit.errors import BackboneError, ConfigError, OutOfMemory, RunError, TrainingError, TuningError
-from peftkit.events import Decision, Event, Note
+from peftkit.events import Decision, Event, Note, Warned
 from peftkit.planning.architecture import architecture
 from peftkit.recipe import Result, configure, execute, find, load
 from peftkit.recipe import ahead as ahead_module
-from peftkit.recipe.forecast import changes, setting_of
+from peftkit.recipe.forecast import changes, setting_of, workload
 from peftkit.recipe.groups import groups
+from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.outlook import outlook
 from peftkit.recipe.target import Target, card, this_machine
 from peftkit.registry.manifest import Draft
@@ -172,7 +173,8 @@ def test_a_tasks_head_stands_in_place_of_the_language_head(config_8b: Path) -> N
     assert written.memory.part("head").bytes.expected == 2 * 128256 * 4096
     assert written.setting.max_new_tokens == 128
     asked, _ = plan(config_8b, target, *settings, "evaluate.shots=4", recipe="text_classification")
-    assert asked.memory.stage("evaluate").bytes.low > 2 * labels.memory.part("linear layers").bytes.expected
+    assert asked.memory.part("asked base").bytes.expected > answers.memory.part("linear layers").bytes.expected
+    assert (asked.setting.asked_rows, asked.setting.asked_tokens) == (16, 5 * 512 + 128)
     assert "loads the base once more" in " ".join(asked.assumed)
 
 
@@ -192,8 +194,35 @@ def test_a_budget_fits_tasks_and_preferences_and_cuts_no_row_of_theirs(config_8b
     found, changed = plan(config_8b, target, *batch, recipe=recipe, fit=True)
     assert max(stage.bytes.high for stage in found.memory.stages) <= 12e9
     assert changed.config.train.rows_per_step == 16
+    with pytest.raises(TrainingError, match="the smallest peak is") as caught:
+        plan(config_8b, card(quant(), None, "6GB"), *batch, recipe=recipe, fit=True)
+    assert "cut rows" not in str(caught.value)
     with pytest.raises(ConfigError, match="--allow-shorter cuts conversations"):
         plan(config_8b, target, *batch, recipe=recipe, fit=True, shorter=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "why"),
+    [("text_classification", "train.trunk_cache=true", "this run trains a task's head"),
+     ("dpo", "data.kind=labelled", "learns from pairs rows"), ("kto", "data.kind=pairs", "learns from labelled rows")],
+)  # fmt: skip
+def test_rows_that_cannot_be_trained_on_so_are_not_planned(
+    config_8b: Path, recipe: str, setting: str, why: str
+) -> None:
+    with pytest.raises((TrainingError, ConfigError), match=why):
+        plan(config_8b, card(quant(), None, "200GB"), setting, recipe=recipe)
+
+
+def test_mid_run_measures_losses_and_writes_no_answers(config_8b: Path) -> None:
+    """Of 1,000 translations: all by the adapter, and by the base as many as are prompted."""
+    lengths = Lengths(512, 512, 512, 400.0, 2000, 1000, 400.0)
+    for recipe, answers in (("translation", 1048), ("qlora_sft", 2 * 48), ("dpo", 0)):
+        resolved = configure(load(find(recipe)), overrides=[f"base={config_8b}", "train.eval_steps=5"])
+        work = workload(groups(resolved.config), lengths, 20)
+        assert (work.passes, work.answers) == (2 + 4, answers)
+    work = workload(groups(configure(load(find("kto")), overrides=[f"base={config_8b}"]).config), lengths, 20)
+    assert work.tokens_before == 2 * 3000 * 400
+    assert work.read_besides == 400
 
 
 def test_a_card_is_never_larger_than_it_is(config_8b: Path) -> None:
@@ -346,4 +375,4 @@ def test_a_base_that_no_plan_knows_is_trained_without_one(settings: list[str], m
     monkeypatch.setattr(ahead_module, "shape_of", lambda located: None)
     said: list[Event] = []
     assert go(settings, said.append).saved_as is not None
-    assert any("no plan of memory and time" in event.text for event in said if isinstance(event, Note))
+    assert any("no plan of memory and time" in event.text for event in said if isinstance(event, Warned))

@@ -228,7 +228,7 @@ def test_a_run_keeps_its_plan_and_its_probe(go: Go, bases: dict[str, Path]) -> N
     go("token_classification", bases["llama"], budget="3GB")
     (run,) = list_runs(locations.runs_root().path)
     kept = json.loads((run.path / "plan.json").read_text())
-    assert kept["lengths"]["task"] == {"outputs": 3, "bias": True, "dropout": True}
+    assert kept["lengths"]["task"] == {"kind": "token", "outputs": 3}
     rows = {row["what"]: row for row in json.loads((run.path / "probe.json").read_text())["rows"]}
     assert rows["weights"]["predicted"] == pytest.approx(rows["weights"]["measured"], rel=0.05)
 
@@ -241,6 +241,19 @@ def test_a_plan_counts_the_rows_of_a_file(bases: dict[str, Path], tmp_path: Path
     found = json.loads(out)
     assert found["lengths"]["task"]["outputs"] == 2
     assert found["lengths"]["rows"] == 14
+
+
+def test_a_plan_has_the_labels_of_the_parent(go: Go, bases: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
+    go("text_classification", bases["llama"], "save_as=task")
+    one = tmp_path / "one.jsonl"  # a run that goes on takes rows of one label, and has the parent's three
+    one.write_text(lines([{"text": f"{i} things", "label": "red"} for i in range(12)]))
+    asked = ["plan", "text_classification", f"base={bases['llama']}", "init_from=task", "--json"]
+    capsys.readouterr()
+    assert main([*asked, f"data.train={one}"]) == 0
+    assert json.loads(capsys.readouterr().out)["lengths"]["task"]["outputs"] == 3
+    one.write_text(lines([{"text": f"{i} things", "label": ("red", "mauve")[i % 2]} for i in range(12)]))
+    assert main([*asked, f"data.train={one}"]) == 1
+    assert "mauve" in capsys.readouterr().err
 
 
 def test_an_encoder_is_not_planned_and_a_dry_run_leaves_nothing(go: Go, bases: dict[str, Path]) -> None:

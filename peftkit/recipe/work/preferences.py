@@ -24,6 +24,7 @@ from peftkit.runs import RunFolder
 from peftkit.training.preference.paths import PreferencePaths, preference_paths
 from peftkit.training.preference.reference import reference_scored
 from peftkit.training.preference.spec import PreferenceTrainSpec
+from peftkit.training.row_rules import check_loss
 from peftkit.training.spec import TrainSpec
 from peftkit.tuning.tuned import Tuned
 
@@ -57,7 +58,7 @@ class Preferences:
         if self._paths is None:
             if not isinstance(train, PreferenceTrainSpec):
                 raise ConfigError(["train: settings of supervised training; preferences need PreferenceTrainSpec"])
-            _check_kind(data, train)
+            check_loss(train.loss, "labelled" if data.train.examples[0].rejected is None else "pairs")
             self._paths = preference_paths(tuned, train, place.report)
         return self._paths if self._scored else replace(self._paths, tries_memory=True)
 
@@ -107,13 +108,3 @@ def report_preferences(comparison: PreferenceComparison, report: Report, name: s
     )
     if comparison.forgotten is not None and comparison.forgotten.low > 0:
         report(Note(f"general text became less likely, by {comparison.forgotten.point:.3f} nats per token"))
-
-
-def _check_kind(data: PreferenceAudit, train: PreferenceTrainSpec) -> None:
-    labelled = data.train.examples[0].rejected is None
-    if labelled != (train.loss == "kto"):
-        kinds = ("pairs", "labelled")
-        raise ConfigError(
-            [f"train.loss={train.loss} learns from {kinds[train.loss == 'kto']} rows, and these are {kinds[labelled]}"],
-            hint=f"data.kind={kinds[train.loss == 'kto']}",
-        )

@@ -32,11 +32,12 @@ def reference_scored(
     backbone = tuned.backbone
     report(Phase("score the answers under the base", len(examples), "rows"))
     sequences = [each for example in examples for each in _compared(example)]
-    if tuned.kind == "tensors":  # the base is another tree of modules, and its head another module
-        paths = replace(paths, head=None, flat=False)
     tokens, mode = tokens_of(cast(Any, examples), paths.spec, backbone.device), tuned.model.training
     longest = max(len(sequence.input_ids) for sequence in sequences)
     with tuned.as_base() as base:
+        if tuned.kind == "tensors":  # the base is another tree of modules, and its head another module
+            head = replace(paths.head, module=base.get_output_embeddings()) if paths.head is not None else None
+            paths = replace(paths, head=head, flat=False)
         base.eval()
         try:
             while True:

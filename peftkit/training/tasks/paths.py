@@ -17,6 +17,7 @@ from peftkit.generation.forward import by_length
 from peftkit.generation.tasks import Pixels, check_ends, collate
 from peftkit.training.passes.paths import Loss, Paths, told
 from peftkit.training.regularize.spec import RegularizeSpec
+from peftkit.training.row_rules import check_under_head
 from peftkit.training.spec import TrainSpec
 from peftkit.training.tasks.losses import TaskLoss, check_losses
 from peftkit.tuning.fused import fused_lora
@@ -82,12 +83,7 @@ def task_paths(
     head = tuned.backbone.head
     assert head is not None  # a task's backbone is loaded with its head
     check_losses(head, spec.regularize.label_smoothing, spec.regularize.r_drop)
-    if spec.trunk_cache:
-        raise TrainingError(
-            "train.trunk_cache keeps the hidden states of answers, and this run trains a task's head",
-            expected="train.trunk_cache=false",
-            hint="remove train.trunk_cache; a smaller data.max_length helps too",
-        )
+    check_under_head(spec)
     if head.kind == "image" and spec.regularize.on_embeddings:
         name = spec.regularize.on_embeddings[0]
         raise TrainingError(
