@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peftkit.base.head import HeadKind
 from peftkit.config import Spec
 from peftkit.data.preference.spec import Kind, PreferenceSpec
 from peftkit.data.tasks.spec import TaskSpec
@@ -14,8 +15,8 @@ def check_rows(data: Spec, spec: TrainSpec) -> None:
     """Raise TrainingError or ConfigError for a setting that these rows cannot be trained with."""
     if isinstance(data, PreferenceSpec) and isinstance(spec, PreferenceTrainSpec):
         check_loss(spec.loss, data.kind)
-    if isinstance(data, TaskSpec) and data.task not in ("translation", "summarization"):
-        check_under_head(spec)
+    if isinstance(data, TaskSpec) and data.task == "image_classification":
+        check_under_head("image", spec)
 
 
 def check_loss(loss: PreferenceLoss, kind: Kind) -> None:
@@ -27,11 +28,12 @@ def check_loss(loss: PreferenceLoss, kind: Kind) -> None:
         )
 
 
-def check_under_head(spec: TrainSpec) -> None:
-    """Raise TrainingError for what needs answers, where a task's head gives none."""
-    if spec.trunk_cache:
+def check_under_head(kind: HeadKind, spec: TrainSpec) -> None:
+    """Raise TrainingError for a trunk that cannot be cached: its states are found by the token ids of one text."""
+    what = {"image": "images have none", "seq2seq": "an encoder-decoder has two texts"}
+    if spec.trunk_cache and kind in what:
         raise TrainingError(
-            "train.trunk_cache keeps the hidden states of answers, and this run trains a task's head",
+            f"train.trunk_cache finds states by a row's token ids, and {what[kind]}",
             expected="train.trunk_cache=false",
-            hint="remove train.trunk_cache; a smaller data.max_length helps too",
+            hint="train.trunk_cache=false",
         )

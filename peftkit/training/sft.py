@@ -101,7 +101,10 @@ def train(
     facts = {"settings": spec.model_dump(), "rows": rows_digest(examples), "base": tuned.backbone.identity.fingerprint}
     together.agree({**facts, "adapter at the start": digest(tuned.trainable)})
     paths = _shortcuts(tuned, spec, paths, together, report)
-    with _model_as_it_was(tuned), _trained_part(tuned, examples, plan, held_out, spec, together, cache, report) as part:
+    with (
+        _model_as_it_was(tuned),
+        _trained_part(tuned, examples, plan, held_out, spec, together, cache, report, paths) as part,
+    ):
         trainer = trainer_for(part)(part, examples, plan, spec, folder, report, log, together, paths=paths.of(part))
         if spec.gradient_checkpointing:
             checkpoint_activations(part, spec.checkpointed_blocks)
@@ -157,6 +160,7 @@ def _trained_part(
     together: Team,
     cache: Path | None,
     report: Report,
+    paths: Paths,
 ) -> Iterator[Tuned]:
     """All of the model, or with train.trunk_cache what is above the cached trunk."""
     if not spec.trunk_cache:
@@ -165,8 +169,8 @@ def _trained_part(
     check_cached(spec, together, sum(map(len, plan.steps)) / len(examples), report)
     passes = training_passes(examples, plan, tokens_of(examples, spec, tuned.backbone.device))
     if spec.eval_steps:
-        passes += measuring_passes(held_out, tuned.model, MEASURED_AT_ONCE)
-    with cached_trunk(tuned, passes, cache or cache_root().path, spec.regularize.dropout, report) as part:
+        passes += measuring_passes(held_out, tuned.model, MEASURED_AT_ONCE, paths)
+    with cached_trunk(tuned, passes, cache or cache_root().path, spec.regularize.dropout, report, paths) as part:
         yield part
 
 

@@ -203,7 +203,7 @@ def test_a_budget_fits_tasks_and_preferences_and_cuts_no_row_of_theirs(config_8b
 
 @pytest.mark.parametrize(
     ("recipe", "setting", "why"),
-    [("text_classification", "train.trunk_cache=true", "this run trains a task's head"),
+    [("image_classification", "train.trunk_cache=true", "images have none"),
      ("dpo", "data.kind=labelled", "learns from pairs rows"), ("kto", "data.kind=pairs", "learns from labelled rows")],
 )  # fmt: skip
 def test_rows_that_cannot_be_trained_on_so_are_not_planned(

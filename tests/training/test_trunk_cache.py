@@ -390,7 +390,7 @@ def made(tuned: Make, rows: Rows, bases: Any) -> tuple[Trunk, States, Any, Pass]
 
 def test_the_proof_holds_for_true_states(made: Any) -> None:
     trunk, states, form, batch = made
-    Proof(trunk.tuned, [batch]).check(top_of(trunk, states, form))
+    Proof(trunk, [batch]).check(top_of(trunk, states, form))
 
 
 @pytest.mark.parametrize("bug", ["block below", "row order", "one bit", "another input", "shifted"])
@@ -410,7 +410,7 @@ def test_a_wrong_cache_is_caught_before_the_first_step(made: Any, bug: str) -> N
     else:
         wrong = States(index, true.roll(1, dims=0))
     with pytest.raises(TrainingError, match="computes logits that differ by"):
-        Proof(trunk.tuned, [batch]).check(top_of(trunk, wrong, form))
+        Proof(trunk, [batch]).check(top_of(trunk, wrong, form))
 
 
 def test_rows_are_found_in_any_batch_and_strangers_are_not(made: Any, rows: Rows) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from peftkit.data.chat import IGNORED
 from peftkit.events import Decision, Report
-from peftkit.generation.forward import Labelled, pad, row_nll
+from peftkit.generation.forward import Labelled, bounded, by_length, label_logits, pad, row_nll
 from peftkit.training.passes.flat import (
     attention_by_row,
     lay_flat,
@@ -100,6 +100,20 @@ class Paths:
     ) -> list[float]:
         """The summed loss of each row without gradients, in the order of `rows`."""
         return row_nll(model, rows, pad_id=pad_id, device=device, batch_size=batch_size)
+
+    def measured_together(self, model: Any, rows: Sequence[Any], batch_size: int) -> list[list[int]]:
+        """Indices of the rows that `measure` takes at once."""
+        return bounded(by_length(rows, batch_size), rows, model)
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What the model is called with where nothing is scored."""
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+
+    def compared(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """What two models must agree in: the logits of all labels of a batch, of shape (labels, vocabulary)."""
+        logits, wanted = label_logits(model, batch)
+        learned = batch["labels"][:, 1:][:, wanted] != IGNORED  # the others may be padding in their row
+        return logits[learned]
 
     def lays_flat(self, length: int) -> bool:
         """Whether a row of this length is laid flat."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftkit.backbone.heads import outputs_of
 from peftkit.base.head import Head
 from peftkit.errors import TrainingError
 from peftkit.events import Report, silent
@@ -53,11 +54,24 @@ class TaskPaths(Paths):
         """The summed loss of each row without gradients, in the order of `rows`."""
         loss, sums = TaskLoss(self.task), [0.0] * len(rows)
         with torch.inference_mode():
-            for indices in by_length(rows, batch_size):
+            for indices in self.measured_together(model, rows, batch_size):
                 batch = collate([rows[i] for i in indices], self.task, pad_id, device, self.pixels)
                 for index, value in zip(indices, loss.of_rows(model, batch).double().tolist(), strict=True):
                     sums[index] = value
         return sums
+
+    def measured_together(self, model: Any, rows: Sequence[Any], batch_size: int) -> list[list[int]]:
+        """Rows of similar length; a head's few scores bound nothing."""
+        return by_length(rows, batch_size)
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """All but the labels."""
+        return {name: value for name, value in batch.items() if name != "labels"}
+
+    def compared(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The scores of rows, or of the tokens that are not padding."""
+        scores = outputs_of(self.task, model(**self.inputs(batch)))
+        return scores[batch["attention_mask"].bool()] if self.task.kind in ("token", "span") else scores
 
     def begin(self, model: Any) -> None:
         """Training mode; statistics that a batch would change stay as they are, and so does what is frozen of images.
@@ -83,7 +97,7 @@ def task_paths(
     head = tuned.backbone.head
     assert head is not None  # a task's backbone is loaded with its head
     check_losses(head, spec.regularize.label_smoothing, spec.regularize.r_drop)
-    check_under_head(spec)
+    check_under_head(head.kind, spec)
     if head.kind == "image" and spec.regularize.on_embeddings:
         name = spec.regularize.on_embeddings[0]
         raise TrainingError(

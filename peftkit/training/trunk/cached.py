@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from peftkit.data.chat import IGNORED
 from peftkit.environment import versions
 from peftkit.errors import TrainingError
 from peftkit.events import Decision, Phase, Progress, Report, Warned
-from peftkit.generation.forward import autocast, label_logits, pad
+from peftkit.generation.forward import autocast
 from peftkit.training import random_state
 from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.memory import release
 from peftkit.training.parallel import Team
+from peftkit.training.passes.paths import Paths
 from peftkit.training.regularize.dropout import dropout_at, places_of_dropout
 from peftkit.training.spec import TrainSpec
 from peftkit.training.trunk.frozen import Trunk, check_divisible, drew, frozen_trunk, hidden
@@ -41,17 +41,25 @@ _COMPUTED_BY = ("torch", "transformers", "bitsandbytes", "peft")
 
 @contextmanager
 def cached_trunk(
-    tuned: Tuned, passes: Sequence[Pass], cache: Path, dropout: float | None, report: Report
+    tuned: Tuned,
+    passes: Sequence[Pass],
+    cache: Path,
+    dropout: float | None,
+    report: Report,
+    paths: Paths | None = None,
 ) -> Iterator[Tuned]:
     """The tuned model from its lowest trained block up, with the states of all rows of `passes` in a mapped file.
 
     The file is made, or one of an earlier run with the same key is used. Until the end the memory of what lies below
-    is free, and the full model cannot be called. `dropout` is what training sets the base's to. Raises TrainingError
+    is free, and the full model cannot be called. `dropout` is what training sets the base's to, `paths` how rows go
+    through the model. Raises TrainingError
     where nothing below the trained tensors is frozen, where the trunk draws random numbers, where the top's logits
     are not the full model's, or for a full disk; OutOfMemory when a single row is too much.
     """
     with _as_trained(tuned, dropout):
-        trunk, top = _prepared(tuned, passes, cache, report)
+        trunk = frozen_trunk(tuned, paths)
+        form, states = _prepared(trunk, passes, cache, report)
+    top = top_of(trunk, states, form)  # with the base's own dropout, which training sets anew
     with released(trunk, top, cache) as freed:
         mapped = "the rest is mapped from the base's files: the system drops it when memory is short"
         reason = f"nothing below the lowest trained block is called; {mapped}"
@@ -71,29 +79,30 @@ def _as_trained(tuned: Tuned, dropout: float | None) -> Iterator[None]:
         random_state.restore(before, device)
 
 
-def _prepared(tuned: Tuned, passes: Sequence[Pass], cache: Path, report: Report) -> tuple[Trunk, Tuned]:
-    trunk = frozen_trunk(tuned)
-    first = next((one for one in passes if _has_labels(one)), passes[0])
-    form, states, proof = _that_fits(first, partial(_proven, trunk), tuned.backbone.device, report)
+def _prepared(trunk: Trunk, passes: Sequence[Pass], cache: Path, report: Report) -> tuple[Any, States]:
+    """An output of the trunk's last block, and the states of all rows, both proven."""
+    tuned, counted = trunk.tuned, trunk.paths.counted
+    first = next((one for one in passes if counted(one.rows)), passes[0])
+    form, states, proof = _that_fits(first, partial(_proven, trunk), trunk, report)
     spare = sum(storage.nbytes() for storage in only_in(tuned.model, top_of(trunk, states, form).model))
     made = _states(trunk, Index(passes), states, cache, spare, report)
     top = top_of(trunk, made, form)
     proof.check(top)
     for one in [one for one in passes if not one.training][:1]:
-        _that_fits(one, lambda fits: Proof(tuned, [fits]).check(top), tuned.backbone.device, report)
-    return trunk, top
+        _that_fits(one, lambda fits: Proof(trunk, [fits]).check(top), trunk, report)
+    return form, made
 
 
 def _proven(trunk: Trunk, one: Pass) -> tuple[Any, States, Proof]:
     """What the trunk's last block gives for a batch, its states, and the proof that the top needs no more."""
     form = _undrawn_output(trunk, one)
     states = in_memory(one, hidden(form).cpu())
-    proof = Proof(trunk.tuned, [one])
+    proof = Proof(trunk, [one])
     proof.check(top_of(trunk, states, form))
     return form, states, proof
 
 
-def _that_fits(one: Pass, action: Callable[[Pass], T], device: torch.device, report: Report) -> T:
+def _that_fits(one: Pass, action: Callable[[Pass], T], trunk: Trunk, report: Report) -> T:
     """What `action` gives for a batch, or for half of its rows, as often as memory asks for that.
 
     Raises OutOfMemory when a single row is too much.
@@ -105,9 +114,9 @@ def _that_fits(one: Pass, action: Callable[[Pass], T], device: torch.device, rep
             if not is_out_of_memory(error):
                 raise
             check_divisible(one, error)
-        release(device)  # only here the failed attempt's tensors are free
+        release(trunk.tuned.backbone.device)  # only here the failed attempt's tensors are free
         tried, longest = len(one.rows), max(len(row.input_ids) for row in one.rows)
-        one = next((half for half in one.halves if _has_labels(half)), one.halves[0])
+        one = next((half for half in one.halves if trunk.paths.counted(half.rows)), one.halves[0])
         fact = f"out of memory before step 1 with {tried} rows at once, the longest of {longest:,} tokens"
         report(Warned(f"{fact}: the cached trunk is compared with the whole model on {len(one.rows)}"))
 
@@ -184,10 +193,6 @@ def in_memory(one: Pass, values: torch.Tensor) -> States:
     return States(index, torch.cat([values[at, : len(one.rows[at].input_ids)] for at in new]))
 
 
-def _has_labels(one: Pass) -> bool:
-    return any(label != IGNORED for row in one.rows for label in row.labels[1:])
-
-
 def _undrawn_output(trunk: Trunk, one: Pass) -> Any:
     """What the trunk's last block gives; raises TrainingError where random numbers were drawn for it."""
     device = trunk.tuned.backbone.device
@@ -207,17 +212,17 @@ def _undrawn_output(trunk: Trunk, one: Pass) -> Any:
 
 
 class Proof:
-    """The logits of the whole model for some batches, which a top must equal bit by bit."""
+    """What the whole model gives for some batches, which a top must equal bit by bit."""
 
-    def __init__(self, tuned: Tuned, passes: Sequence[Pass]) -> None:
-        self.device = tuned.backbone.device
+    def __init__(self, trunk: Trunk, passes: Sequence[Pass]) -> None:
+        self.paths, self.device = trunk.paths, trunk.tuned.backbone.device
         self.random = random_state.capture(self.device)  # both have the same dropout draws
-        self.expected = [(one, self._logits(tuned, one)) for one in passes]
+        self.expected = [(one, self._given(trunk.tuned, one)) for one in passes]
 
     def check(self, top: Tuned) -> None:
-        """Raise TrainingError, with the largest difference, unless the top's logits are these."""
+        """Raise TrainingError, with the largest difference, unless the top gives the same."""
         for one, expected in self.expected:
-            found = self._logits(top, one)
+            found = self._given(top, one)
             if not torch.equal(found, expected):
                 apart = float((found.double() - expected.double()).abs().max())
                 raise TrainingError(
@@ -227,23 +232,21 @@ class Proof:
                     hint="train.trunk_cache=false",
                 )
 
-    def _logits(self, tuned: Tuned, one: Pass) -> torch.Tensor:
+    def _given(self, tuned: Tuned, one: Pass) -> torch.Tensor:
+        """What there is to compare for a batch."""
         random_state.restore(self.random, self.device)
-        return _logits(tuned, one)
-
-
-def _logits(tuned: Tuned, one: Pass) -> torch.Tensor:
-    """The logits of all labels of a batch, of shape (labels, vocabulary)."""
-    backbone = tuned.backbone
-    tuned.model.train(one.training)
-    try:
-        with torch.no_grad(), autocast(backbone.device, backbone.placement.compute_dtype):
-            batch = pad(one.rows, backbone.tokenizer.pad_id, backbone.device)
-            logits, wanted = label_logits(tuned.model, batch)
-            learned = batch["labels"][:, 1:][:, wanted] != IGNORED  # the others may be padding in their row
-            return logits[learned]
-    finally:
-        tuned.model.eval()
+        backbone = tuned.backbone
+        options: dict[str, Any] = {"flat": False, "pad_id": backbone.tokenizer.pad_id, "device": backbone.device}
+        tuned.model.train(one.training)
+        try:
+            with (
+                torch.no_grad(),
+                autocast(backbone.device, backbone.placement.compute_dtype),
+                self.paths.laid(tuned.model, one.rows, **options) as batch,
+            ):
+                return self.paths.compared(tuned.model, batch)
+        finally:
+            tuned.model.eval()
 
 
 def _digest(values: torch.Tensor) -> str:

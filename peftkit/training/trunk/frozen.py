@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from peftkit.errors import OutOfMemory, TrainingError
-from peftkit.generation.forward import autocast, pad
+from peftkit.generation.forward import autocast
 from peftkit.training.exhaustion import is_out_of_memory
 from peftkit.training.memory import release
+from peftkit.training.passes.paths import Paths
 from peftkit.training.trunk.passes import Pass
 from peftkit.tuning.depth import find_blocks
 from peftkit.tuning.methods import METHODS
@@ -32,6 +33,8 @@ class Trunk:
     tuned: Tuned
     top: int
     """Index of the lowest block that is trained; the number of blocks where only what stands behind them is."""
+    paths: Paths = field(default_factory=Paths)
+    """How rows go through the model."""
 
     @property
     def blocks(self) -> tuple[torch.nn.Module, ...]:
@@ -54,7 +57,7 @@ class Trunk:
             raise _Enough
 
         backbone = self.tuned.backbone
-        batch = pad(one.rows, backbone.tokenizer.pad_id, backbone.device)
+        options: dict[str, Any] = {"flat": False, "pad_id": backbone.tokenizer.pad_id, "device": backbone.device}
         hook = self.blocks[-1].register_forward_hook(keep)
         try:
             self.tuned.model.train(one.training)
@@ -62,8 +65,9 @@ class Trunk:
                 torch.no_grad(),
                 autocast(backbone.device, backbone.placement.compute_dtype),
                 contextlib.suppress(_Enough),
+                self.paths.laid(self.tuned.model, one.rows, **options) as batch,
             ):
-                self.tuned.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                self.tuned.model(**self.paths.inputs(batch))
         finally:
             hook.remove()
             self.tuned.model.eval()
@@ -108,7 +112,7 @@ def hidden(output: Any) -> torch.Tensor:
     return first
 
 
-def frozen_trunk(tuned: Tuned) -> Trunk:
+def frozen_trunk(tuned: Tuned, paths: Paths | None = None) -> Trunk:
     """Find what lies below everything that is ever trained: the blocks whose output needs no gradient.
 
     Found by a forward pass over a few tokens, and by where the trained tensors hang: an expert that no token chose
@@ -118,7 +122,8 @@ def frozen_trunk(tuned: Tuned) -> Trunk:
     _, blocks = find_blocks(inner)
     trained = {id(parameter) for parameter in tuned.trainable.values()}
     holding = [any(id(parameter) in trained for parameter in block.parameters()) for block in blocks]
-    top = min(_first(holding), _first(_need_gradients(tuned, blocks)))
+    paths = paths or Paths()
+    top = min(_first(holding), _first(_need_gradients(tuned, blocks, paths)))
     if top == 0:
         raise TrainingError(
             f"train.trunk_cache needs frozen blocks, and what is trained reaches the first of {len(blocks)}: "
@@ -126,7 +131,7 @@ def frozen_trunk(tuned: Tuned) -> Trunk:
             expected="everything that is trained in the upper blocks or behind them",
             hint=f"{_how_to_train_less(tuned)}; or train.trunk_cache=false",
         )
-    return Trunk(tuned, top)
+    return Trunk(tuned, top, paths)
 
 
 def _how_to_train_less(tuned: Tuned) -> str:
@@ -136,7 +141,7 @@ def _how_to_train_less(tuned: Tuned) -> str:
     return ("adapter.layers=top:8, or " if "layers" in fields else "") + "adapter.method=top_layers"
 
 
-def _need_gradients(tuned: Tuned, blocks: tuple[torch.nn.Module, ...]) -> list[bool]:
+def _need_gradients(tuned: Tuned, blocks: tuple[torch.nn.Module, ...], paths: Paths) -> list[bool]:
     """Whether each block's output depends on a trained tensor, frozen for a while or not; up to the first that does."""
     found: list[bool] = []
 
@@ -156,7 +161,7 @@ def _need_gradients(tuned: Tuned, blocks: tuple[torch.nn.Module, ...]) -> list[b
             autocast(backbone.device, backbone.placement.compute_dtype),
             contextlib.suppress(_Enough),
         ):
-            tuned.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            tuned.model(**paths.inputs({"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
     return found
 
 

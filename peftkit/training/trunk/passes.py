@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftkit.data.chat import Example
-from peftkit.generation.forward import Labelled, bounded, by_length
+from peftkit.generation.forward import Labelled
+from peftkit.training.passes.paths import Paths
 from peftkit.training.passes.split import lengths, split
 from peftkit.training.schedule import Schedule
 
@@ -47,15 +48,20 @@ def training_passes(examples: Sequence[Example], plan: Schedule, tokens_at_once:
     return found
 
 
-def measuring_passes(held_out: Sequence[Example], model: Any, batch_size: int) -> list[Pass]:
-    """The batches in which `generation.forward.row_nll` measures held-out rows."""
-    batches = bounded(by_length(held_out, batch_size), held_out, model)
+def measuring_passes(held_out: Sequence[Example], model: Any, batch_size: int, paths: Paths) -> list[Pass]:
+    """The batches in which held-out rows are measured."""
+    batches = paths.measured_together(model, held_out, batch_size)
     return [Pass(tuple(held_out[at] for at in batch), training=False) for batch in batches]
 
 
-def row_key(ids: bytes) -> bytes:
-    """What a row is found by: a 128-bit digest of its token ids, given as int64 in memory order."""
-    return hashlib.blake2b(ids, digest_size=16).digest()
+def row_key(ids: bytes, types: bytes = b"") -> bytes:
+    """What a row is found by: a 128-bit digest of its token ids, given as int64 in memory order, and of their types."""
+    return hashlib.blake2b(ids + types, digest_size=16).digest()
+
+
+def _key_of(row: Labelled) -> bytes:
+    types = getattr(row, "type_ids", None) or ()
+    return row_key(array("q", row.input_ids).tobytes(), array("q", types).tobytes())
 
 
 class Index:
@@ -72,7 +78,7 @@ class Index:
                 self.passes.append((one, new))
 
     def _add(self, row: Labelled) -> bool:
-        key = row_key(array("q", row.input_ids).tobytes())
+        key = _key_of(row)
         if key in self.starts:
             return False
         self.starts[key] = self.positions
@@ -86,4 +92,5 @@ class Index:
             digest.update(array("q", [len(one.rows), one.training]).tobytes())
             for row in one.rows:
                 digest.update(array("q", [len(row.input_ids), *row.input_ids]).tobytes())
+                digest.update(_key_of(row))
         return digest.hexdigest()

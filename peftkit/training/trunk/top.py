@@ -74,7 +74,7 @@ class _Given(_PassedOn):
                 expected="token ids of rows that are in the cache",
                 hint="train.trunk_cache=false",
             )
-        self._now = self._states.of(kwargs["input_ids"], kwargs["attention_mask"])
+        self._now = self._states.of(kwargs["input_ids"], kwargs["attention_mask"], kwargs.get("token_type_ids"))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The states, once for each call of the model."""

@@ -218,9 +218,6 @@ def test_a_causal_base_would_read_the_wrong_token(bases: dict[str, Path]) -> Non
 
 
 def test_what_a_task_cannot_have_is_refused_by_name(bases: dict[str, Path]) -> None:
-    text = inject(load(bases["bert"], "sequence"), AdapterSpec(r=4))
-    with pytest.raises(TrainingError, match=r"train\.trunk_cache keeps the hidden states of answers"):
-        task_paths(text, TrainSpec(trunk_cache=True), [])
     image = inject(load(bases["vit"], "image"), AdapterSpec(r=4))
     for setting, name in (
         ({"neftune_alpha": 5.0}, "neftune_alpha"),
