@@ -40,6 +40,8 @@ from peftkit.planning.weights import (
 __all__ = ["MemoryPlan", "Part", "Range", "Stage", "StageName", "exactly", "plan_memory"]
 
 MIB = 1 << 20
+MEASURED_AT_ONCE = 8
+"""`training.course.MEASURED_AT_ONCE`: rows that are measured at once in mid-run; planning may not import it."""
 CONTEXT = Range(133 * MIB, 140 * MIB, 500 * MIB)
 """CUDA's own: 133 to 147 MiB on a T4 (fitcheck), more where more kernels are loaded."""
 PROCESS = Range(440 * MIB, 600 * MIB, 750 * MIB)
@@ -213,12 +215,14 @@ def _evaluating(architecture: Architecture, setting: Setting, own: list[Part]) -
     """The NLL of held-out rows, or generated answers; in mid-run the optimizer's states are there too."""
     need = measuring(architecture, setting).or_more(generating(architecture, setting))
     if setting.compared_at_once:
-        whole = replace(setting, evaluation_longest=setting.compared_at_once * setting.evaluation_longest)
+        length = setting.compared_at_once * setting.evaluation_longest
+        whole = replace(setting, evaluation_longest=length, evaluation_batch=MEASURED_AT_ONCE)
         rows = setting.compared_at_once * evaluated_rows(architecture, whole)
         need = need.or_more(exactly(reading(architecture, setting, rows)))
     if setting.trunk_cache:  # it is filled before the first step
         tokens = micro_batch_tokens(setting)
         need = need.or_more(exactly(forward_pass(architecture, setting, tokens, setting.longest, 0)))
+        need = need.or_more(Range(0, 0, reading(architecture, setting, MEASURED_AT_ONCE)))  # where mid-run measures
     return need + Range(0, 0, own[2].bytes.high)
 
 

@@ -127,7 +127,7 @@ def forecast(
             base_present=base_present,
             save_total_limit=given.train.save_total_limit,
             keeps_best=given.train.eval_steps is not None,
-            cached_tokens=_cached_tokens(lengths),
+            cached_tokens=_cached_tokens(given, lengths),
             merged=True,  # what `peftkit merge` would write later; a run does not, so its disk is not checked
         ),
         _assumed(given, setting),
@@ -272,7 +272,7 @@ def workload(given: Groups, lengths: Lengths, steps: int | None) -> Workload:
     measured = measuring(given.evaluate, lengths.held_out_rows, has_head=lengths.task is not None)
     before = besides = 0.0
     if train.trunk_cache:
-        before = rows * lengths.mean
+        before = _cached_tokens(given, lengths)
     elif isinstance(train, PreferenceTrainSpec) and train.compares_with_base:
         besides = lengths.mean if train.loss == "kto" else 0.0
         sequences = 2 if train.loss == "kto" else 1  # an answer and a mismatched one, or both of a pair as a row
@@ -289,9 +289,10 @@ def workload(given: Groups, lengths: Lengths, steps: int | None) -> Workload:
     )
 
 
-def _cached_tokens(lengths: Lengths) -> int:
-    """Tokens of all rows: a trunk's cache holds those that are trained on and those that are measured."""
-    return int((lengths.rows or 0) * lengths.mean + lengths.held_out_rows * lengths.held_out_mean)
+def _cached_tokens(given: Groups, lengths: Lengths) -> int:
+    """Tokens of the rows that a trunk's cache holds: those that are trained on, and those that mid-run measures."""
+    held_out = lengths.held_out_rows * lengths.held_out_mean if given.train.eval_steps else 0
+    return int((lengths.rows or 0) * lengths.mean + held_out)
 
 
 def _between(range_: Any) -> str:

@@ -27,6 +27,7 @@ from peftkit.planning.setting import Setting
 from peftkit.planning.time import Workload, cpu, measuring_seconds, plan_time, training_flops
 from peftkit.planning.weights import trained_parameters
 from peftkit.recipe.forecast import what_is_trained
+from peftkit.training.course import MEASURED_AT_ONCE
 from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations
 from peftkit.training.objective import objective
@@ -190,13 +191,13 @@ def test_16_bit_products_of_preferences(wide: Path, loss: str, tmp_path: Path) -
 
 @pytest.mark.parametrize(("loss", "sequences"), [("dpo", 2), ("kto", 1)])
 def test_preferences_in_mid_run_hold_what_was_planned(folder: Path, loss: str, sequences: int, tmp_path: Path) -> None:
-    tuned, rows = tuned_on(folder, tmp_path, {"method": "lora", "r": 8}, 32), preferences(loss, 6, 2 * TOKENS)
+    tuned, rows = tuned_on(folder, tmp_path, {"method": "lora", "r": 8}, 32), preferences(loss, 8, 2 * TOKENS)
     paths = replace(preference_paths(tuned, PreferenceTrainSpec(loss=loss)), flat=False)  # type: ignore[arg-type]
     tuned.model.eval()
     with Ledger(tuned.model) as ledger:
-        paths.measure(tuned.model, rows, pad_id=2, device=torch.device("cpu"), batch_size=6)
+        paths.measure(tuned.model, rows, pad_id=2, device=torch.device("cpu"), batch_size=MEASURED_AT_ONCE)
     base = architecture(read_config(folder))
-    setting = setting_of(base, {"method": "lora", "r": 8}, 32, False, compares_answers=True, evaluation_batch=6,
+    setting = setting_of(base, {"method": "lora", "r": 8}, 32, False, compares_answers=True, evaluation_batch=2,
                          evaluation_longest=2 * TOKENS // sequences)  # fmt: skip
     at_end, mid_run = (plan_memory(base, replace(setting, compared_at_once=count)) for count in (0, sequences))
     resting = at_end.stage("evaluate").bytes.expected - measuring(base, setting).expected
@@ -237,6 +238,19 @@ def test_a_tasks_head_by_hand() -> None:
     assert plan.part("KV cache").bytes.high == 0  # nothing is generated
     assert plan.part("evaluation logits").bytes.expected == 16 * 1024 * 4 * 10
     assert training_flops(headed, setting, 1024) < training_flops(BASE, setting, 1024)
+
+
+@pytest.mark.parametrize("top_layers", [0, 2])
+def test_a_cached_trunk_under_a_head_by_hand(top_layers: int) -> None:
+    """What stands below the lowest trained block is given back, the embedding with it: no head shares its weight."""
+    headed = BASE.with_task(TaskHead("sequence", 4))
+    setting = Setting(bits=16, method="top_layers", top_layers=top_layers, longest=128, max_new_tokens=0)
+    plain, cached = (plan_memory(headed, replace(setting, trunk_cache=cache)) for cache in (False, True))
+    blocks = 32 - top_layers
+    each = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    norms = headed.norm_parameters * blocks // 32
+    assert cached.part("released trunk").bytes.expected == 2 * (blocks * each + 128256 * 4096 + norms)
+    assert cached.stage("train").bytes.expected < plain.stage("train").bytes.expected
 
 
 def test_a_base_that_is_asked_too_is_there_twice_with_its_language_head() -> None:

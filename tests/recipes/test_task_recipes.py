@@ -301,16 +301,15 @@ def test_ways_of_training_an_encoder(go: Go, bases: dict[str, Path], way: str) -
     assert all(0 < loss < 20 for loss in found)
 
 
-def test_a_cached_trunk_is_refused(go: Go, bases: dict[str, Path]) -> None:
-    with pytest.raises(TrainingError, match=r"train\.trunk_cache keeps the hidden states of answers"):
-        go(
-            "text_classification",
-            bases["bert"],
-            "quant.bits=32",
-            "train.trunk_cache=true",
-            "adapter.method=top_layers",
-            "adapter.top_layers=1",
-        )
+def test_a_head_on_a_cached_trunk(go: Go, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Train, publish, predict: the trunk that was released while it trained is there again."""
+    settings = ["adapter.method=top_layers", "adapter.top_layers=1", "train.trunk_cache=true", "quant.bits=32"]
+    with pytest.raises(TrainingError, match="draw random numbers while training"):
+        go("text_classification", bases["bert"], *settings)
+    go("text_classification", bases["bert"], *settings, "train.regularize.dropout=0", "save_as=task")
+    rows = write_rows(tmp_path, "text_classification")
+    assert main(["predict", "task", str(rows), "--base", str(bases["bert"]), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 16
 
 
 @pytest.mark.full

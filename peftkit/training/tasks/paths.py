@@ -97,7 +97,7 @@ def task_paths(
     head = tuned.backbone.head
     assert head is not None  # a task's backbone is loaded with its head
     check_losses(head, spec.regularize.label_smoothing, spec.regularize.r_drop)
-    check_under_head(head.kind, spec)
+    check_under_head("seq2seq" if tuned.inner.config.is_encoder_decoder else head.kind, spec)
     if head.kind == "image" and spec.regularize.on_embeddings:
         name = spec.regularize.on_embeddings[0]
         raise TrainingError(

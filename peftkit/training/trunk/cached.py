@@ -199,8 +199,8 @@ def _undrawn_output(trunk: Trunk, one: Pass) -> Any:
     before = random_state.capture(device)
     output = trunk.output(one)
     if drew(before, random_state.capture(device)):
-        modules = (module for block in (trunk.tuned.inner, *trunk.blocks) for module in block.modules())
-        rates = sorted({module.p for module in modules if isinstance(module, torch.nn.Dropout) and module.p > 0})
+        places = (place for block in trunk.blocks for place in places_of_dropout(block))
+        rates = sorted({rate for module, name in places if (rate := getattr(module, name)) > 0})
         said = f" (dropout of {', '.join(f'{rate:g}' for rate in rates)})" if rates else ""
         raise TrainingError(
             f"the frozen blocks draw random numbers while training{said}: a cache would fix one draw for ever",

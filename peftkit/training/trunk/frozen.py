@@ -120,6 +120,13 @@ def frozen_trunk(tuned: Tuned, paths: Paths | None = None) -> Trunk:
     """
     inner = tuned.inner
     _, blocks = find_blocks(inner)
+    layers = getattr(inner.config.get_text_config(), "num_hidden_layers", len(blocks))
+    if layers != len(blocks):  # ALBERT calls one block for all its layers
+        raise TrainingError(
+            f"{type(inner).__name__} has {layers} layers and {len(blocks)} blocks: one is called several times",
+            expected="a block for each layer",
+            hint="train.trunk_cache=false",
+        )
     trained = {id(parameter) for parameter in tuned.trainable.values()}
     holding = [any(id(parameter) in trained for parameter in block.parameters()) for block in blocks]
     paths = paths or Paths()
@@ -127,18 +134,26 @@ def frozen_trunk(tuned: Tuned, paths: Paths | None = None) -> Trunk:
     if top == 0:
         raise TrainingError(
             f"train.trunk_cache needs frozen blocks, and what is trained reaches the first of {len(blocks)}: "
-            f"{next(iter(tuned.names), 'nothing')}",
+            f"{_reaching(tuned, blocks)}",
             expected="everything that is trained in the upper blocks or behind them",
-            hint=f"{_how_to_train_less(tuned)}; or train.trunk_cache=false",
+            hint="; or ".join([*_how_to_train_less(tuned), "train.trunk_cache=false"]),
         )
     return Trunk(tuned, top, paths)
 
 
-def _how_to_train_less(tuned: Tuned) -> str:
+def _reaching(tuned: Tuned, blocks: tuple[torch.nn.Module, ...]) -> str:
+    """The first trained tensor of the first block, or else the first one that stands in none."""
+    names = {id(parameter): name for name, parameter in tuned.trainable.items()}
+    inside = [[names[id(each)] for each in block.parameters() if id(each) in names] for block in blocks]
+    held = {name for block in inside for name in block}
+    return next((name for name in (*inside[0], *names.values()) if name in inside[0] or name not in held), "nothing")
+
+
+def _how_to_train_less(tuned: Tuned) -> list[str]:
     fields = METHODS[tuned.spec.method].fields
     if "top_layers" in fields:
-        return "lower adapter.top_layers"
-    return ("adapter.layers=top:8, or " if "layers" in fields else "") + "adapter.method=top_layers"
+        return ["lower adapter.top_layers"] if tuned.spec.top_layers else []
+    return [("adapter.layers=top:8, or " if "layers" in fields else "") + "adapter.method=top_layers"]
 
 
 def _need_gradients(tuned: Tuned, blocks: tuple[torch.nn.Module, ...], paths: Paths) -> list[bool]:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from headed_lab import examples, load
 from tiny_bases import write_base
-from tiny_encoders import write_bert
+from tiny_encoders import write_bert, write_bert_tokenizer, write_image_base, write_t5
 
 from peftkit.backbone.contain import base_tensors
+from peftkit.data.tasks.task import TaskExample
 from peftkit.errors import TrainingError
 from peftkit.events import Decision, Event
 from peftkit.training.regularize.spec import RegularizeSpec
@@ -42,12 +43,23 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"llama": llama, "bert": write_bert(folder / "bert", num_hidden_layers=4)}
 
 
+def paired(rows: list[TaskExample]) -> list[TaskExample]:
+    """Pairs: the second half of each is of another type; every third row has the ids of the one before it."""
+    found = []
+    for at, row in enumerate(rows):
+        ids = found[-1].input_ids if at % 3 == 2 else row.input_ids
+        types = tuple(int(2 * place >= len(ids)) for place in range(len(ids)))
+        found.append(replace(row, input_ids=ids, type_ids=tuple(0 for _ in ids) if at % 3 == 2 else types))
+    return found
+
+
 def run(
-    base: Path, head: str, values: dict[str, Any], bits: int, folder: Path, **changes: Any
+    base: Path, head: str, values: dict[str, Any], bits: int, folder: Path, *, pairs: bool = False, **changes: Any
 ) -> tuple[Any, list[dict[str, float]], list[Event]]:
     """Train; the tuned model, the figures of every step, and what was said."""
     tuned = inject(load(base, head, bits), AdapterSpec(**values))
     spec, rows, said = SPEC.model_copy(update=changes), examples(head, LENGTHS), list[Event]()
+    rows = paired(rows) if pairs else rows
     figures: dict[int, dict[str, float]] = {}
 
     def log(step: int, found: dict[str, float]) -> None:
@@ -62,12 +74,15 @@ def run(
 @pytest.mark.parametrize(
     ("base", "head", "values", "bits"),
     [("llama", "sequence", ALONE, 4), ("llama", "token", LORA, 32), ("llama", "span", TOP, 32),
-     ("bert", "sequence", ALONE, 32), ("bert", "number", TOP, 32), ("bert", "token", LORA, 4)],
+     ("bert", "several", ALONE, 32), ("bert", "number", TOP, 32), ("bert", "token", LORA, 4),
+     ("bert pairs", "sequence", TOP, 32)],
 )  # fmt: skip
 def test_cached_training_equals_uncached_training(
     bases: dict[str, Path], tmp_path: Path, base: str, head: str, values: dict[str, Any], bits: int
 ) -> None:
-    changes = {"regularize": RegularizeSpec(dropout=0.0)} if base == "bert" else {}
+    base, *pairs = base.split()
+    changes: dict[str, Any] = {"pairs": bool(pairs), "early_stopping_patience": 9}
+    changes |= {"regularize": RegularizeSpec(dropout=0.0)} if base == "bert" else {}
     plain, expected, _ = run(bases[base], head, values, bits, tmp_path / "plain", **changes)
     cached, found, said = run(bases[base], head, values, bits, tmp_path / "cached", trunk_cache=True, **changes)
     first = WHOLE_STEPS_OF_EPOCH_1
@@ -85,14 +100,24 @@ def test_cached_training_equals_uncached_training(
 def test_a_trunk_that_draws_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="draw random numbers while training") as caught:
         run(bases["bert"], "sequence", ALONE, 32, tmp_path, trunk_cache=True)
+    assert "(dropout of 0.1)" in str(caught.value)
     assert "0 where the base has its own" in str(caught.value)
 
 
-@pytest.mark.parametrize("head", ["image", "seq2seq"])
-def test_rows_without_one_text_are_refused(tmp_path: Path, head: str) -> None:
-    from tiny_encoders import write_image_base, write_t5
+def test_blocks_that_are_called_more_than_once_are_refused(tmp_path: Path) -> None:
+    from transformers import AlbertConfig, AlbertModel
 
-    base = write_t5(tmp_path / "t5") if head == "seq2seq" else write_image_base(tmp_path / "vit", "vit")
+    folder = tmp_path / "albert"
+    sizes: dict[str, Any] = {"vocab_size": 300, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 64}
+    AlbertModel(AlbertConfig(num_hidden_layers=3, num_attention_heads=2, **sizes)).save_pretrained(folder)
+    write_bert_tokenizer(folder)
+    with pytest.raises(TrainingError, match="has 3 layers and 1 blocks"):
+        run(folder, "sequence", ALONE, 32, tmp_path, trunk_cache=True)
+
+
+@pytest.mark.parametrize("head", ["image", "seq2seq", "sequence"])
+def test_rows_without_one_text_are_refused(tmp_path: Path, head: str) -> None:
+    base = write_image_base(tmp_path / "vit", "vit") if head == "image" else write_t5(tmp_path / "t5")
     tuned = inject(load(base, head), AdapterSpec(method="top_layers", top_layers=0))
     with pytest.raises(TrainingError, match=r"train\.trunk_cache finds states by a row's token ids"):
         task_paths(tuned, TrainSpec(trunk_cache=True), [])
