@@ -29,7 +29,7 @@ from peftkit.environment import environment
 from peftkit.planning.architecture import architecture
 from peftkit.planning.memory import plan_memory
 from peftkit.planning.setting import Setting
-from peftkit.recipe.forecast import what_is_trained
+from peftkit.recipe.setting import what_is_trained
 from peftkit.training.holdings import held
 from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations

@@ -13,9 +13,9 @@ from peftkit.events import Decision, Note, Report
 from peftkit.planning.architecture import Architecture, architecture
 from peftkit.planning.concessions import FIELDS
 from peftkit.planning.fit import Fit, fit
-from peftkit.recipe.forecast import changes, setting_of
 from peftkit.recipe.groups import Groups, groups
 from peftkit.recipe.lengths import Lengths
+from peftkit.recipe.setting import changes, setting_of
 from peftkit.recipe.target import Target
 from peftkit.render import size
 from peftkit.tuning.methods import AdapterSpec

@@ -110,8 +110,7 @@ class Run:
         given = groups_to_train(self.resolved, self.registry, resumed=self.start is not None)
         self.target = this_machine(given.quant, budget)
         shape = known_shape(self._found(given.base))  # a base that no plan knows is refused before the rows are read
-        self.audit(given.base, given.data)
-        data, work = self._audited()
+        data, work = self.audit(given.base, given.data), self._audited()[1]
         lengths = Lengths.of_run(data, given, work.head(data))
         self.resolved = fitted(self.resolved, given.adapter, shape, lengths, self.target, self.report)
 

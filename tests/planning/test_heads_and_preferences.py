@@ -26,7 +26,7 @@ from peftkit.planning.memory import plan_memory
 from peftkit.planning.setting import Setting
 from peftkit.planning.time import Workload, cpu, measuring_seconds, plan_time, training_flops
 from peftkit.planning.weights import trained_parameters
-from peftkit.recipe.forecast import what_is_trained
+from peftkit.recipe.setting import what_is_trained
 from peftkit.training.course import MEASURED_AT_ONCE
 from peftkit.training.ledger import Ledger
 from peftkit.training.memory import checkpoint_activations

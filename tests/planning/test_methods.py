@@ -32,7 +32,7 @@ from peftkit.planning.setting import Setting
 from peftkit.planning.time import training_flops
 from peftkit.planning.weights import trained_parameters
 from peftkit.recipe.ahead import weights_held
-from peftkit.recipe.forecast import what_is_trained, what_regularizers_hold
+from peftkit.recipe.setting import what_is_trained, what_regularizers_hold
 from peftkit.training.memory import checkpoint_activations
 from peftkit.training.objective import objective
 from peftkit.training.passes.trying import paths_for

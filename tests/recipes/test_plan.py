@@ -20,10 +20,11 @@ from peftkit.events import Decision, Event, Note, Warned
 from peftkit.planning.architecture import architecture
 from peftkit.recipe import Result, configure, execute, find, load
 from peftkit.recipe import ahead as ahead_module
-from peftkit.recipe.forecast import changes, setting_of, workload
+from peftkit.recipe.forecast import workload
 from peftkit.recipe.groups import groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.outlook import outlook
+from peftkit.recipe.setting import changes, setting_of
 from peftkit.recipe.target import Target, card, this_machine
 from peftkit.registry.manifest import Draft
 from peftkit.registry.store import Registry
