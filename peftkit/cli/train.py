@@ -26,7 +26,9 @@ def train(
     settings: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings.")] = None,
     config: Annotated[list[Path] | None, typer.Option("--config", help="YAML file with settings.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", help="cpu, 8gb, 12gb or 24gb.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Audit and plan, train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Audit, plan, load the base and try the longest rows; train nothing.")
+    ] = False,
     budget: Annotated[
         str | None,
         typer.Option("--budget", help="First find the fastest settings that fit into so much, such as 12GB."),

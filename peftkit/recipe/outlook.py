@@ -18,8 +18,9 @@ from peftkit.recipe.forecast import Forecast, forecast
 from peftkit.recipe.groups import Groups, groups
 from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.target import Target
-from peftkit.recipe.to_train import groups_to_train
+from peftkit.recipe.to_train import foreign_rate, groups_to_train
 from peftkit.registry.store import Registry, Version
+from peftkit.training.distil.spec import TEACHER_UNPLANNED, DistilSpec
 
 
 def outlook(
@@ -38,6 +39,10 @@ def outlook(
     DataError for rows that cannot be used, TrainingError when nothing fits, and what a run refuses before it loads.
     """
     given = groups_to_train(resolved, registry)
+    if (warning := foreign_rate(resolved)) is not None:
+        report(warning)
+    if any(isinstance(getattr(resolved.config, name), DistilSpec) for name in type(resolved.config).model_fields):
+        report(TEACHER_UNPLANNED)
     located = locate(given.base, cache, report, weights=False)
     config = read_config(located.folder)
     agree_with_upload(given.quant, config, located.source)

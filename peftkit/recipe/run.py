@@ -131,7 +131,7 @@ class Run:
         from peftkit.recipe.ahead import Ahead
         from peftkit.recipe.groups import groups_with
         from peftkit.recipe.target import this_machine
-        from peftkit.recipe.to_train import to_train
+        from peftkit.recipe.to_train import foreign_rate, to_train
         from peftkit.recipe.tune import load_tuned
         from peftkit.training.row_rules import check_rows
         from peftkit.training.schedule import schedule
@@ -144,6 +144,8 @@ class Run:
         what = to_train(adapter, quant, train, parent, {} if self.start else self.resolved.sources)
         given = groups_with(self.resolved.config, base=base, quant=quant, adapter=what.adapter, train=train)
         check_rows(given.data, train)
+        if self.start is None and (warning := foreign_rate(self.resolved)) is not None:
+            self.report(warning)
         assert self._located is not None  # audit has found the base
         steps, target = schedule(rows, train), self.target or this_machine(quant)
         places = self.folder, self.registry.root

@@ -8,12 +8,13 @@ from typing import Any
 
 from peftkit.backbone.spec import QuantSpec
 from peftkit.config import Resolved
+from peftkit.events import Warned
 from peftkit.recipe.groups import Groups, groups
 from peftkit.registry.store import Registry, Version
 from peftkit.training.method_rules import check_method
 from peftkit.training.row_rules import check_rows
 from peftkit.training.spec import TrainSpec
-from peftkit.tuning.methods import AdapterSpec, check_over
+from peftkit.tuning.methods import METHODS, AdapterSpec, check_over
 from peftkit.tuning.parents import parent_spec
 
 
@@ -47,6 +48,20 @@ def to_train(
     check_over(trained, quant.bits)
     check_method(trained, train)
     return ToTrain(quant, trained, parent, tuple(sorted(asked)))
+
+
+def foreign_rate(resolved: Resolved[Any]) -> Warned | None:
+    """A warning where a recipe's rate is kept with a method that is not the recipe's: rates differ by up to 1,000."""
+    given, own = groups(resolved.config), groups(type(resolved.config)())
+    rate, method = given.train.learning_rate, given.adapter.method
+    set_by_user = resolved.sources.get(f"{given.names['train']}.learning_rate", "default") != "default"
+    if set_by_user or rate is None or method == own.adapter.method or rate == METHODS[method].learning_rate:
+        return None
+    return Warned(
+        f"train.learning_rate={rate:g} is this recipe's rate for {own.adapter.method}, and adapter.method={method} "
+        f"has one of its own, {METHODS[method].learning_rate:g}",
+        "train.learning_rate=null takes the method's own; give a number to choose one",
+    )
 
 
 def groups_to_train(resolved: Resolved[Any], registry: Registry, *, resumed: bool = False) -> Groups:

@@ -27,6 +27,7 @@ from peftkit.training.parallel import Team, digest, team
 from peftkit.training.passes.paths import Paths
 from peftkit.training.passes.split import tokens_of
 from peftkit.training.passes.trying import paths_for, side_by_side
+from peftkit.training.preference.spec import PreferenceTrainSpec
 from peftkit.training.rates import learning_rate
 from peftkit.training.schedule import Schedule, schedule
 from peftkit.training.spec import TrainSpec
@@ -97,7 +98,7 @@ def train(
     plan = schedule(examples, spec)
     _warn_of_no_measurement(spec, len(plan), report)
     together = team()
-    _check_team(together, spec)
+    _check_team(together, spec, headed=tuned.backbone.head is not None)
     facts = {"settings": spec.model_dump(), "rows": rows_digest(examples), "base": tuned.backbone.identity.fingerprint}
     together.agree({**facts, "adapter at the start": digest(tuned.trainable)})
     paths = _shortcuts(tuned, spec, paths, together, report)
@@ -247,12 +248,19 @@ def _check(tuned: Tuned, spec: TrainSpec, held_out: Sequence[Example]) -> None:
         raise TrainingError("train.eval_steps is set, and there are no held-out rows", expected="rows to measure on")
 
 
-def _check_team(team: Team, spec: TrainSpec) -> None:
+def _check_team(team: Team, spec: TrainSpec, *, headed: bool) -> None:
     if spec.rows_per_step < team.size:
         raise TrainingError(
             f"a step has {spec.rows_per_step} rows, and there are {team.size} processes to share them",
             expected="at least one row for each",
             hint="raise train.gradient_accumulation_steps, or start fewer processes",
+        )
+    if team.sharded and (headed or isinstance(spec, PreferenceTrainSpec)):
+        what = "a task's head" if headed else "preferences"
+        raise TrainingError(
+            f"{what} under FSDP: it was never run so",
+            expected="one process, or DDP",
+            hint="start it again with accelerate launch --multi_gpu; quant.bits=4 holds a larger base",
         )
     if team.sharded and spec.optim in ("paged_adamw_8bit", "adamw_8bit"):
         raise TrainingError(

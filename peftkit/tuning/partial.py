@@ -124,7 +124,7 @@ def _top(model: Any, spec: AdapterSpec, tensors: Mapping[str, Any]) -> tuple[str
     if spec.train_head:
         found += [name for name in tensors if at.of[name] == at.top]
         found += [name for name in _head(model) if name not in found]  # a tied head is listed as the embedding
-    if not found:
+    if not found and not head_parameters(model):
         raise TuningError(
             "adapter.top_layers=0 without the head trains nothing",
             expected="at least one layer, or adapter.train_head=true",

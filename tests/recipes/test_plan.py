@@ -26,6 +26,7 @@ from peftkit.recipe.lengths import Lengths
 from peftkit.recipe.outlook import outlook
 from peftkit.recipe.setting import changes, setting_of
 from peftkit.recipe.target import Target, card, this_machine
+from peftkit.recipe.to_train import foreign_rate
 from peftkit.registry.manifest import Draft
 from peftkit.registry.store import Registry
 from peftkit.runs import list_runs, read_metrics
@@ -224,6 +225,25 @@ def test_mid_run_measures_losses_and_writes_no_answers(config_8b: Path) -> None:
     work = workload(groups(configure(load(find("kto")), overrides=[f"base={config_8b}"]).config), lengths, 20)
     assert work.tokens_before == 2 * 3000 * 400
     assert work.read_besides == 400
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "said"),
+    [("image_classification", ["adapter.method=lora"], "0.01 is this recipe's rate for top_layers"),
+     ("text_classification", ["adapter.method=full", "quant.bits=16"], "0.0005 is this recipe's rate for lora"),
+     ("text_classification", ["adapter.method=lora"], None), ("qlora_sft", ["adapter.method=dora"], None),
+     ("text_classification", ["adapter.method=full", "quant.bits=16", "train.learning_rate=5e-4"], None),
+     ("text_classification", ["adapter.method=full", "quant.bits=16", "train.learning_rate=null"], None)],
+)  # fmt: skip
+def test_a_recipes_rate_with_another_method_is_told(recipe: str, settings: list[str], said: str | None) -> None:
+    warning = foreign_rate(configure(load(find(recipe)), overrides=settings))
+    assert (warning is None) if said is None else (warning is not None and said in warning.text)
+
+
+def test_a_plan_says_that_the_teacher_is_not_in_it(config_8b: Path) -> None:
+    events: list[Event] = []
+    plan(config_8b, card(quant(), None, "200GB"), recipe="distillation", report=events.append)
+    assert any("does not count the teacher" in event.text for event in events if isinstance(event, Warned))
 
 
 def test_a_card_is_never_larger_than_it_is(config_8b: Path) -> None:

@@ -14,13 +14,13 @@ from peftkit.data.audit import Audit, DataSpec, audit
 from peftkit.evaluation.held_out import Comparison
 from peftkit.evaluation.preflight import preflight
 from peftkit.evaluation.spec import EvaluateSpec
-from peftkit.events import Report, Warned
+from peftkit.events import Report
 from peftkit.recipe.keeping import keep_json
 from peftkit.recipe.showing import report_comparison
 from peftkit.recipe.work.kinds import Place
 from peftkit.runs import RunFolder
 from peftkit.training.distil.paths import distil_paths
-from peftkit.training.distil.spec import DistilSpec
+from peftkit.training.distil.spec import TEACHER_UNPLANNED, DistilSpec
 from peftkit.training.distil.teacher import Teacher, teacher_of
 from peftkit.training.passes.paths import Paths
 from peftkit.training.spec import TrainSpec
@@ -51,8 +51,7 @@ class Conversations:
         """Load the teacher, where the recipe distils one."""
         if isinstance(way, DistilSpec):
             registry = place.registry
-            fact = "the plan does not count the teacher: neither its weights, nor its pass over every row"
-            place.report(Warned(fact, "distil.teacher_bits=4 holds another base in few bits"))
+            place.report(TEACHER_UNPLANNED)
             self._distil = way
             self._teacher = teacher_of(way, backbone, place.cache, registry=registry, report=place.report)
 

@@ -7,6 +7,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from peftkit.config import Spec
+from peftkit.events import Warned
+
+TEACHER_UNPLANNED = Warned(
+    "the plan does not count the teacher: neither its weights, nor its pass over every row",
+    "distil.teacher_bits=4 holds another base in few bits",
+)
 
 
 class DistilSpec(Spec):

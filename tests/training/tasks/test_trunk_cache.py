@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from peftkit.backbone.contain import base_tensors
 from peftkit.data.tasks.task import TaskExample
 from peftkit.errors import TrainingError
 from peftkit.events import Decision, Event
+from peftkit.training import sft
+from peftkit.training.preference.spec import PreferenceTrainSpec
 from peftkit.training.regularize.spec import RegularizeSpec
 from peftkit.training.sft import train
 from peftkit.training.spec import TrainSpec
@@ -95,6 +98,19 @@ def test_cached_training_equals_uncached_training(
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     made = next(event for event in said if isinstance(event, Decision) and event.what == "trunk cache")
     assert made.choice.startswith("made")
+
+
+def test_the_head_and_nothing_else(bases: dict[str, Path]) -> None:
+    tuned = inject(load(bases["llama"], "token"), AdapterSpec(method="top_layers", top_layers=0, train_head=False))
+    assert sorted(tuned.trainable) == ["score.bias", "score.weight"]
+
+
+@pytest.mark.parametrize(("spec", "headed"), [(TrainSpec(), True), (PreferenceTrainSpec(), False)])
+def test_what_was_never_run_under_fsdp_is_refused(spec: TrainSpec, headed: bool) -> None:
+    team: Any = SimpleNamespace(sharded=True, size=2)
+    with pytest.raises(TrainingError, match="under FSDP: it was never run so"):
+        sft._check_team(team, spec, headed=headed)
+    sft._check_team(team, TrainSpec(), headed=False)
 
 
 def test_a_trunk_that_draws_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
