@@ -248,7 +248,7 @@ def _check(tuned: Tuned, spec: TrainSpec, held_out: Sequence[Example]) -> None:
         raise TrainingError("train.eval_steps is set, and there are no held-out rows", expected="rows to measure on")
 
 
-def _check_team(team: Team, spec: TrainSpec, *, headed: bool) -> None:
+def _check_team(team: Team, spec: TrainSpec, *, headed: bool = False) -> None:
     if spec.rows_per_step < team.size:
         raise TrainingError(
             f"a step has {spec.rows_per_step} rows, and there are {team.size} processes to share them",
