@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -16,6 +17,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers with two OpenMP threads each on two cores spend their time waiting for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later collection: a tiny run collects after each measurement, which takes
+    longer than its steps where much is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

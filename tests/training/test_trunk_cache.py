@@ -6,9 +6,8 @@ does by itself, rows one behind the other, is the same to 1e-5; with dropout it 
 
 from __future__ import annotations
 
-import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,14 +57,6 @@ HEAD = {"method": "top_layers", "top_layers": 0, "train_head": True}
 
 class Killed(BaseException):
     """Stands for kill -9: nothing of peftkit's may catch it."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _nothing_to_collect() -> Iterator[None]:
-    """A tiny run collects garbage after each measurement, which takes longer than its steps where much is imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,14 +37,6 @@ WHOLE_STEPS_OF_EPOCH_1 = 2
 TOP, LORA = {"method": "top_layers", "top_layers": 1}, {"method": "lora", "r": 4, "layers": "top:2"}
 ALONE = {"method": "top_layers", "top_layers": 0}
 """The head alone: what the classic practice calls feature extraction."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _nothing_to_collect() -> Iterator[None]:
-    """A tiny run collects garbage after each measurement, which takes longer than its steps where much is imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
