@@ -71,7 +71,6 @@ class Run:
     saved: Version | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     _located: LocatedBase | None = None
-    _sought: BaseSpec | None = None
     _work: Work | None = None
     _data: Any = None
     _audited_from: tuple[BaseSpec, Spec] | None = None
@@ -82,11 +81,12 @@ class Run:
 
         `data` says what kind of rows they are: DataSpec, TaskSpec or PreferenceSpec.
         """
+        from peftkit.backbone.locate import locate
         from peftkit.recipe.work import work_for
 
         if self._data is not None and self._audited_from == (base, data):
             return self._data  # a budget asked for it before
-        self._located = self._found(base)
+        self._located = locate(base, self.cache, self.report)
         self._work = work_for(data)
         self._data = self._work.audit(self._place(), data, getattr(self.resolved.config, "evaluate", None))
         self._audited_from = (base, data)
@@ -102,6 +102,7 @@ class Run:
         Raises TrainingError when nothing fits, ConfigError for a recipe that cannot be planned or a wrong size, and
         what `to_train` raises for settings that do not go together.
         """
+        from peftkit.backbone.locate import locate
         from peftkit.recipe.fitting import fitted, known_shape
         from peftkit.recipe.lengths import Lengths
         from peftkit.recipe.target import this_machine
@@ -109,7 +110,8 @@ class Run:
 
         given = groups_to_train(self.resolved, self.registry, resumed=self.start is not None)
         self.target = this_machine(given.quant, budget)
-        shape = known_shape(self._found(given.base))  # a base that no plan knows is refused before the rows are read
+        # A base that no plan knows is refused before it is fetched and the rows are read.
+        shape = known_shape(locate(given.base, self.cache, weights=False))
         data, work = self.audit(given.base, given.data), self._audited()[1]
         lengths = Lengths.of_run(data, given, work.head(data))
         self.resolved = fitted(self.resolved, given.adapter, shape, lengths, self.target, self.report)
@@ -269,14 +271,6 @@ class Run:
         folder = self._folder()
         folder.log_metrics(step, figures)
         folder.write_page()
-
-    def _found(self, base: BaseSpec) -> LocatedBase:
-        """Where a base is, looked for once."""
-        from peftkit.backbone.locate import locate
-
-        if self._located is None or self._sought != base:
-            self._located, self._sought = locate(base, self.cache, self.report), base
-        return self._located
 
     def _place(self) -> Place:
         from peftkit.recipe.work.kinds import Place

@@ -125,13 +125,17 @@ def train(
         if course.stopped:
             raise Stopped(journal.step, len(plan), max(checkpoints.steps(), default=None) if checkpoints else None)
         if course.ended_early:
-            why = f"{journal.worse} measurements in a row were no better"
-            report(Note(f"stopped after step {journal.step} of {len(plan)}: {why}"))
+            _tell_early_end(journal, len(plan), report)
         if spec.early_stopping_patience:
             course.take_best()
     _check_finite(tuned)
     together.agree({"trained adapter": digest(tuned.trainable)})
     return _trained(journal, learning_rate(tuned, spec), int(together.most(peak_bytes(tuned.backbone.device))))
+
+
+def _tell_early_end(journal: Journal, steps: int, report: Report) -> None:
+    why = f"{journal.worse} measurements in a row were no better"
+    report(Note(f"stopped after step {journal.step} of {steps}: {why}"))
 
 
 def _trained(journal: Journal, rate: float, peak: int) -> Trained:
